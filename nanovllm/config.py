@@ -1,0 +1,186 @@
+"""Every setting of an engine, checked before anything is loaded."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+
+from nanovllm.layers.attention import BACKENDS
+from nanovllm.layers.rotary_embedding import rope_settings
+from nanovllm.models import MODELS
+from nanovllm.utils.device import resolve_device, suitable_dtype
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+
+
+@dataclass(slots=True)
+class Config:
+    """Settings of an engine.
+
+    Args:
+        model: A Hugging Face checkpoint directory, or an `owner/name` id of the hub.
+        max_num_batched_tokens: Most tokens computed in one prefill step; a longer prompt is computed in chunks.
+        max_num_seqs: Most sequences that run at the same time.
+        max_model_len: Most tokens of a sequence, prompt included. Lowered to what the model supports.
+        gpu_memory_utilization: Share of a GPU's memory to use, in (0, 1].
+        tensor_parallel_size: Ranks that share the model, 1 to 8.
+        enforce_eager: Run decode without CUDA graphs.
+        kvcache_block_size: Tokens per block of the KV cache, also the unit of prefix caching.
+        num_kvcache_blocks: Blocks of the KV cache; -1 fills the memory budget (see `utils.device.cache_budget`).
+        hf_config: The model's configuration; read from `model` by default.
+        eos: Token id or ids that end a completion; read from the checkpoint by default.
+        dtype: "auto" (the checkpoint's, or what the device is fast in), "float32", "bfloat16" or "float16".
+        device: "auto" (CUDA if there is one), "cpu" or "cuda".
+        attention_backend: "auto" (the fastest that works here) or "cpu".
+        load_format: "auto" (safetensors) or "dummy" (random weights, for benchmarks).
+        seed: Of the sampling and of dummy weights.
+
+    Raises:
+        TypeError: A value is not of its type.
+        ValueError: A value is out of its range, or the model is missing, damaged or not supported.
+    """
+
+    model: str
+    max_num_batched_tokens: int = 16384
+    max_num_seqs: int = 512
+    max_model_len: int = 4096
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    kvcache_block_size: int = 256
+    num_kvcache_blocks: int = -1
+    hf_config: PretrainedConfig | None = None
+    eos: int | Sequence[int] | None = None
+    dtype: str | torch.dtype = "auto"
+    device: str | torch.device = "auto"
+    attention_backend: str = "auto"
+    load_format: str = "auto"
+    seed: int = 0
+    model_path: Path = field(init=False)
+    architecture: str = field(init=False)
+    eos_token_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        self.device = resolve_device(str(self.device))
+        self.model_path = resolve_model(self.model)
+        if self.hf_config is None:
+            self.hf_config = read_hf_config(self.model_path)
+        self.architecture = supported_architecture(self.hf_config.architectures, self.model_path)
+        longest = max_position(self.hf_config)
+        self.max_model_len = min(self.max_model_len, longest)
+        if isinstance(self.dtype, str) and self.dtype != "auto":
+            self.dtype = DTYPES[self.dtype]
+        elif not isinstance(self.dtype, torch.dtype):
+            stored = getattr(self.hf_config, "dtype", None) or getattr(self.hf_config, "torch_dtype", None)
+            stored = DTYPES.get(str(stored).removeprefix("torch."), torch.bfloat16)
+            self.dtype = suitable_dtype(stored, self.device)
+        eos = self._read_eos() if self.eos is None else self.eos
+        self.eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos)
+
+    def _check_ranges(self) -> None:
+        for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "kvcache_block_size"):
+            _check_int(name, getattr(self, name), 1)
+        _check_int("tensor_parallel_size", self.tensor_parallel_size, 1, 8)
+        _check_int("seed", self.seed)
+        _check_int("num_kvcache_blocks", self.num_kvcache_blocks, -1)
+        if self.num_kvcache_blocks == 0:
+            raise ValueError("num_kvcache_blocks must be positive, or -1 to fill the memory budget, got 0")
+        if self.tensor_parallel_size > 1:
+            raise ValueError("tensor_parallel_size > 1 is not implemented yet; use 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
+        dtype = str(self.dtype).removeprefix("torch.")
+        _check_choice("dtype", dtype, ["auto", *DTYPES])
+        _check_choice("attention_backend", self.attention_backend, ["auto", *BACKENDS])
+        _check_choice("load_format", self.load_format, ["auto", "dummy"])
+
+    def _read_eos(self) -> int | Sequence[int]:
+        """The ids in generation_config.json, else in config.json; none is an empty list."""
+        if (self.model_path / "generation_config.json").is_file():
+            eos = GenerationConfig.from_pretrained(self.model_path).eos_token_id
+            if eos is not None:
+                return eos
+        eos = getattr(self.hf_config, "eos_token_id", None)
+        return [] if eos is None else eos
+
+
+def resolve_model(model: str) -> Path:
+    """The directory of a checkpoint: `model` itself, or the hub's `owner/name` in huggingface_hub's cache.
+
+    Raises:
+        ValueError: It is neither, or it is not in the cache and the hub cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise ValueError(f"model={str(model)!r} is neither a directory nor an 'owner/name' id of the Hugging Face hub")
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=CHECKPOINT_FILES))
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"model={str(model)!r} is not a directory and could not be fetched from the Hugging Face hub. Download it "
+            f"where there is a network with `hf download {model}` (or `huggingface-cli download {model}`), or pass "
+            f"the path of a local copy. The hub said: {error}"
+        ) from error
+
+
+def read_hf_config(path: Path) -> PretrainedConfig:
+    """The configuration in a checkpoint directory.
+
+    Raises:
+        ValueError: It is missing, damaged, of an architecture that is not supported, or of a quantised model.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} has no config.json, so it is not a Hugging Face checkpoint directory")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    supported_architecture(raw.get("architectures"), path)  # before transformers, which may not know it either
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(f"{path} is quantised ({method}), which is not supported; use the unquantised checkpoint")
+    return AutoConfig.from_pretrained(path)
+
+
+def supported_architecture(architectures: list[str] | None, path: Path) -> str:
+    """The first of a checkpoint's architectures that there is a model for.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for name in architectures or []:
+        if name in MODELS:
+            return name
+    raise ValueError(f"{path} is a model of architecture {architectures}; supported are {sorted(MODELS)}")
+
+
+def max_position(hf_config: PretrainedConfig) -> int:
+    """The longest sequence that a model supports, in tokens, with its rope scaling."""
+    settings = rope_settings(hf_config)
+    original = settings.get("original_max_position_embeddings")
+    scaled = int(original * settings["factor"]) if original and settings.get("factor") else 0
+    return max(hf_config.max_position_embeddings, scaled)
+
+
+def _check_int(name: str, value: object, low: int | None = None, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def _check_choice(name: str, value: object, choices: list[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")

@@ -1,0 +1,138 @@
+"""Paged KV accounting and the prefix cache: who holds which block, and what is in it. Knows nothing of tensors.
+
+PagedAttention's block tables (Kwon et al., 2023, arXiv:2309.06180) with hash-chained prefix reuse: a full block is
+looked up under `xxh64(hash of the previous block, its token ids)`.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import count
+
+from xxhash import xxh64_intdigest
+
+from nanovllm.engine.sequence import Sequence
+
+ROOT = 0  # the uid of "nothing before this block"
+
+
+@dataclass(slots=True)
+class Block:
+    """One block of the KV cache.
+
+    `uid` names the block's tokens together with everything before them and is never reused. A hash only finds a
+    candidate: the candidate is a hit when its tokens and its parent's uid are equal too, so a collision anywhere in
+    the chain cannot serve another prompt's keys.
+    """
+
+    block_id: int
+    ref_count: int = 0
+    hash: int | None = None  # the key in the prefix cache, None while the block is not in it
+    uid: int = ROOT
+    parent_uid: int = ROOT
+    tokens: bytes = b""
+
+
+class BlockManager:
+    """Hands out `num_blocks` blocks of `block_size` tokens.
+
+    A block is free xor referenced. A freed block keeps its content until it is the least recently used one when
+    a new block is needed.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int):
+        self.block_size = block_size
+        self.blocks = [Block(i) for i in range(num_blocks)]
+        self.free_ids = OrderedDict.fromkeys(range(num_blocks))  # next to be taken first
+        self.cached: dict[int, Block] = {}  # hash -> block with computed content
+        self._uids = count(ROOT + 1)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self.free_ids)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def hashes(self, seq: Sequence) -> list[int]:
+        """The chained hashes of all full blocks of `seq`; each is computed once in the sequence's life."""
+        hashes, size = seq.block_hashes, self.block_size
+        for k in range(len(hashes), len(seq) // size):
+            previous = hashes[-1].to_bytes(8, "little") if hashes else b""
+            hashes.append(xxh64_intdigest(previous + self._tokens(seq, k)))
+        return hashes
+
+    def match(self, seq: Sequence) -> list[Block]:
+        """The longest cached prefix of `seq`, as blocks.
+
+        At least the last token is left out: its logits are needed, so it must be computed again.
+        """
+        hits: list[Block] = []
+        uid = ROOT
+        for k, block_hash in enumerate(self.hashes(seq)[: (len(seq) - 1) // self.block_size]):
+            block = self.cached.get(block_hash)
+            if block is None or block.parent_uid != uid or block.tokens != self._tokens(seq, k):
+                break
+            hits.append(block)
+            uid = block.uid
+        return hits
+
+    def attach(self, seq: Sequence, hits: list[Block]) -> None:
+        """Gives a sequence that holds no blocks the cached prefix that `match` found."""
+        assert not seq.block_table
+        for block in hits:
+            if block.ref_count == 0:
+                del self.free_ids[block.block_id]
+            block.ref_count += 1
+            seq.block_table.append(block.block_id)
+        seq.num_computed_tokens = seq.num_cached_tokens = len(hits) * self.block_size
+
+    def num_blocks_missing(self, seq: Sequence, num_tokens: int) -> int:
+        """How many more blocks `seq` needs to compute its next `num_tokens` tokens."""
+        return self.num_blocks_for(seq.num_computed_tokens + num_tokens) - len(seq.block_table)
+
+    def allocate(self, seq: Sequence, num_tokens: int) -> None:
+        """Extends the block table so that the next `num_tokens` tokens of `seq` have slots."""
+        for _ in range(self.num_blocks_missing(seq, num_tokens)):
+            block_id, _ = self.free_ids.popitem(last=False)
+            block = self.blocks[block_id]
+            assert block.ref_count == 0
+            if block.hash is not None:
+                del self.cached[block.hash]
+                block.hash = None
+            block.uid = ROOT
+            block.ref_count = 1
+            seq.block_table.append(block_id)
+
+    def publish(self, seq: Sequence, num_tokens: int) -> None:
+        """Enters into the prefix cache the blocks that `seq` has just filled by computing `num_tokens` tokens."""
+        end = seq.num_computed_tokens // self.block_size
+        for k in range((seq.num_computed_tokens - num_tokens) // self.block_size, end):
+            block = self.blocks[seq.block_table[k]]
+            block.parent_uid = self.blocks[seq.block_table[k - 1]].uid if k else ROOT
+            block.tokens = self._tokens(seq, k)
+            block_hash = self.hashes(seq)[k]
+            twin = self.cached.get(block_hash)
+            if twin is not None and twin.parent_uid == block.parent_uid and twin.tokens == block.tokens:
+                block.uid = twin.uid  # the same content is cached already; this copy stays private
+                continue
+            if twin is not None:  # a collision, or an orphan whose parent was evicted: the newest wins
+                twin.hash = None
+            block.uid = next(self._uids)
+            block.hash = block_hash
+            self.cached[block_hash] = block
+
+    def free(self, seq: Sequence) -> None:
+        """Drops all references of `seq`. The tail goes first, so that a prefix outlives what hangs on it."""
+        for block_id in reversed(seq.block_table):
+            block = self.blocks[block_id]
+            block.ref_count -= 1
+            assert block.ref_count >= 0
+            if block.ref_count == 0:
+                self.free_ids[block_id] = None
+                if block.hash is None:  # nothing worth keeping: first to be taken
+                    self.free_ids.move_to_end(block_id, last=False)
+        seq.block_table = []
+        seq.num_computed_tokens = 0
+
+    def _tokens(self, seq: Sequence, k: int) -> bytes:
+        return seq.token_ids[k * self.block_size : (k + 1) * self.block_size].tobytes()

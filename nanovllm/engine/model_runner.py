@@ -1,0 +1,135 @@
+"""One rank's tensors: loads the model, sizes the cache, turns a batch into tensors, runs it, samples.
+
+Legend: S sequences.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from nanovllm.config import Config
+from nanovllm.engine.batch import Batch, BatchBuilder
+from nanovllm.engine.sequence import Sequence
+from nanovllm.layers.attention import Attention, choose_backend
+from nanovllm.layers.sampler import sample
+from nanovllm.models import MODELS
+from nanovllm.utils.context import Context, reset_context, set_context
+from nanovllm.utils.device import GIB, available_memory, default_cache_bytes
+from nanovllm.utils.loader import load_dummy, load_model
+from nanovllm.utils.parallel import TensorParallel
+
+
+class ModelRunner:
+    """Runs the steps that the scheduler decides on.
+
+    Args:
+        config: The engine's settings; `num_kvcache_blocks` is set here if it is -1.
+
+    Raises:
+        ValueError: The checkpoint does not fit the model, or the memory left cannot hold the cache.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.device = config.device
+        self.model = self._build_model(TensorParallel())
+        self.attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
+        self.block_size = config.kvcache_block_size
+        max_blocks = -(-config.max_model_len // self.block_size)
+        self.batch_builder = BatchBuilder(self.block_size, max_blocks)
+        self._allocate_kv_cache(max_blocks)
+
+    @torch.inference_mode()
+    def run(self, seqs: list[Sequence], is_prefill: bool) -> list[int]:
+        """Computes the scheduled tokens of each sequence and samples the one after them.
+
+        Returns:
+            S token ids. Those of sequences whose prompt is not complete yet mean nothing.
+        """
+        batch = self.batch_builder.prefill(seqs) if is_prefill else self.batch_builder.decode(seqs)
+        logits = self.forward(batch)
+        return sample(logits, self._tensor(batch.temperatures), self._tensor(batch.uniforms)).tolist()
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """[S, vocabulary] logits of the last scheduled token of each sequence; fills the cache."""
+        set_context(self._context(batch))
+        try:
+            hidden_states = self.model(self._tensor(batch.input_ids), self._tensor(batch.positions))
+            return self.model.compute_logits(hidden_states)
+        finally:
+            reset_context()
+
+    def _build_model(self, tp: TensorParallel) -> torch.nn.Module:
+        config = self.config
+        default_dtype = torch.get_default_dtype()
+        torch.set_default_dtype(config.dtype)
+        try:
+            with torch.device(config.device):
+                model = MODELS[config.architecture](config.hf_config, config.max_model_len, tp)
+        finally:
+            torch.set_default_dtype(default_dtype)
+        if config.load_format == "dummy":
+            load_dummy(model, config.seed)
+        else:
+            load_model(model, config.model_path)
+        return model.eval()
+
+    def _allocate_kv_cache(self, max_blocks: int) -> None:
+        config, attention = self.config, self.attentions[0]
+        backend = choose_backend(config.attention_backend)
+        layout = self.block_size, attention.num_kv_heads, attention.head_dim
+        block_bytes = 2 * len(self.attentions) * math.prod(backend.cache_shape(1, *layout)) * config.dtype.itemsize
+        activations = self._activation_bytes() if self.device.type == "cuda" else 0
+        available = available_memory(self.device, config.gpu_memory_utilization) - activations
+        if config.num_kvcache_blocks == -1:
+            affordable = default_cache_bytes(self.device, available) // block_bytes
+            config.num_kvcache_blocks = min(max(affordable, 1), config.max_num_seqs * max_blocks)
+        needed = config.num_kvcache_blocks * block_bytes
+        if needed > available:
+            raise ValueError(
+                f"the KV cache needs {needed / GIB:.2f} GiB and the {self.device.type} has {available / GIB:.2f} GiB "
+                "left: lower num_kvcache_blocks or max_num_batched_tokens, raise gpu_memory_utilization, or free memory"
+            )
+        shape = backend.cache_shape(config.num_kvcache_blocks, *layout)
+        for layer in self.attentions:
+            layer.backend = backend
+            layer.k_cache = torch.empty(shape, dtype=config.dtype, device=self.device)
+            layer.v_cache = torch.empty(shape, dtype=config.dtype, device=self.device)
+
+    def _activation_bytes(self) -> int:
+        """What the largest prefill step takes beside weights and cache, measured by running one."""
+        config = self.config
+        num_tokens = config.max_num_batched_tokens
+        num_seqs = min(config.max_num_seqs, -(-num_tokens // config.max_model_len))
+        lens = np.full(num_seqs, min(config.max_model_len, num_tokens), dtype=np.int32)
+        cu_seqlens = np.concatenate([[0], lens.cumsum()]).astype(np.int32)
+        zeros = np.zeros(cu_seqlens[-1], dtype=np.int64)
+        batch = Batch(True, zeros, zeros, zeros, context_lens=lens, cu_seqlens_q=cu_seqlens)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        with torch.inference_mode():
+            logits = self.forward(batch)
+            sample(logits)
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.empty_cache()
+        return peak - before
+
+    def _context(self, batch: Batch) -> Context:
+        context = Context(
+            is_prefill=batch.is_prefill,
+            slot_mapping=self._tensor(batch.slot_mapping),
+            context_lens=self._tensor(batch.context_lens),
+            block_tables=self._tensor(batch.block_tables),
+            max_seqlen_q=1,
+            max_seqlen_k=int(batch.context_lens.max()),
+        )
+        if batch.is_prefill:
+            cu_seqlens_k = np.concatenate([[0], batch.context_lens.cumsum()]).astype(np.int32)
+            context.cu_seqlens_q = self._tensor(batch.cu_seqlens_q)
+            context.cu_seqlens_k = self._tensor(cu_seqlens_k)
+            context.max_seqlen_q = int(np.diff(batch.cu_seqlens_q).max())
+        return context
+
+    def _tensor(self, array: np.ndarray | None) -> torch.Tensor | None:
+        return None if array is None else torch.from_numpy(array).to(self.device, non_blocking=True)

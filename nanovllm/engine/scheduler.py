@@ -1,0 +1,205 @@
+"""Who runs in this step. Prefill first, long prompts in chunks, decode with preemption. Knows nothing of tensors."""
+
+from collections import deque
+
+import numpy as np
+
+from nanovllm.engine.block_manager import Block, BlockManager
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+
+
+class Scheduler:
+    """Owns every unfinished sequence.
+
+    `waiting` holds, oldest first, those with something to prefill; only its head may hold blocks (a prompt of
+    which some chunks are computed). `running` holds those of which all tokens but the last are in the cache.
+
+    Args:
+        block_manager: The cache's accounting.
+        max_num_seqs: Most sequences in `running`.
+        max_num_batched_tokens: Most tokens computed in one prefill step.
+    """
+
+    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
+        self.block_manager = block_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.finished: list[Sequence] = []  # since the owner last took them away
+        self.num_preemptions = 0
+        # The share of `max_tokens` that finished requests used: how long the running ones are expected to go on.
+        self.output_ratio = 1.0
+        self._admission_failed = False  # nothing was released since the head of `waiting` did not fit
+
+    def is_finished(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def schedule(self) -> tuple[list[Sequence], bool]:
+        """Chooses the sequences of the next step and allocates the slots that it will write.
+
+        Returns:
+            The sequences, each with `num_scheduled_tokens` set, and whether the step is a prefill. Empty if nothing
+            is left to run, which also happens when the last sequence has outgrown the cache (see `finished`).
+        """
+        seqs = self._schedule_prefill() if self.waiting and not self._admission_failed else []
+        if seqs:
+            return seqs, True
+        return self._schedule_decode(), False
+
+    def postprocess(self, seqs: list[Sequence], token_ids: list[int]) -> None:
+        """Records that `seqs` were computed and sampled `token_ids`. A chunk's token is dropped unless it is the last.
+
+        Args:
+            seqs: What `schedule` returned.
+            token_ids: The token sampled for each.
+        """
+        block_size = self.block_manager.block_size
+        any_finished = False
+        for seq, token_id in zip(seqs, token_ids, strict=True):
+            num_new = seq.num_scheduled_tokens
+            seq.num_computed_tokens = num_computed = seq.num_computed_tokens + num_new
+            if num_computed % block_size < num_new:
+                self.block_manager.publish(seq, num_new)
+            if num_computed < len(seq.token_ids):
+                continue
+            seq.token_ids.append(token_id)
+            if token_id in seq.stop_token_ids:
+                self._finish(seq, "stop")
+                any_finished = True
+            elif num_computed + 1 >= seq.max_len:
+                self._finish(seq, "length")
+                any_finished = True
+        if any_finished:
+            self.running = [seq for seq in self.running if seq.status is SequenceStatus.RUNNING]
+
+    def requeue(self, seqs: list[Sequence]) -> None:
+        """Takes back a `schedule` whose step failed: `seqs` wait again and keep their tokens, not their blocks."""
+        for seq in reversed(seqs):
+            if seq.status is SequenceStatus.RUNNING:
+                self.running.remove(seq)
+            else:
+                self.waiting.remove(seq)
+            self._release(seq)
+            self.waiting.appendleft(seq)
+
+    def abort(self, seq_ids: set[int]) -> None:
+        """Drops unfinished sequences."""
+        for seq in [*self.waiting, *self.running]:
+            if seq.seq_id in seq_ids:
+                self._release(seq)
+                seq.status = SequenceStatus.FINISHED
+        self.waiting = deque(seq for seq in self.waiting if seq.status is SequenceStatus.WAITING)
+        self.running = [seq for seq in self.running if seq.status is SequenceStatus.RUNNING]
+
+    # ---- prefill
+
+    def _schedule_prefill(self) -> list[Sequence]:
+        manager = self.block_manager
+        budget = self.max_num_batched_tokens
+        seqs: list[Sequence] = []
+        deferred: list[Sequence] = []
+        being_computed: set[int] = set()  # hashes of the blocks that this step will fill
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            if manager.num_blocks_for(len(seq)) > len(manager.blocks):  # outgrew the cache, then was preempted
+                self._finish(self.waiting.popleft(), "length")
+                continue
+            if not seq.block_table:
+                hits = manager.match(seq)
+                reusable = manager.hashes(seq)[: (len(seq) - 1) // manager.block_size]
+                if len(hits) < len(reusable) and reusable[len(hits)] in being_computed:
+                    # Its next block is somebody else's work in this very step: one step later it is a hit.
+                    deferred.append(self.waiting.popleft())
+                    continue
+                if not self._admits(seq, hits):
+                    self._admission_failed = True
+                    break
+                manager.attach(seq, hits)
+            num_tokens = min(budget, len(seq) - seq.num_computed_tokens)
+            if manager.num_blocks_missing(seq, num_tokens) > manager.num_free_blocks:
+                self._admission_failed = True
+                break
+            manager.allocate(seq, num_tokens)
+            seq.num_scheduled_tokens = num_tokens
+            budget -= num_tokens
+            seqs.append(seq)
+            end = seq.num_computed_tokens + num_tokens
+            block_range = slice(seq.num_computed_tokens // manager.block_size, end // manager.block_size)
+            being_computed.update(manager.hashes(seq)[block_range])
+            if end < len(seq):
+                break  # a chunk: the budget is spent, and it stays at the head
+            self.waiting.popleft()
+            seq.status = SequenceStatus.RUNNING
+            self.running.append(seq)
+        chunked = [self.waiting.popleft()] if self.waiting and self.waiting[0].block_table else []
+        self.waiting.extendleft(reversed(chunked + deferred))
+        return seqs
+
+    def _admits(self, seq: Sequence, hits: list[Block]) -> bool:
+        """Whether the cache will probably hold `seq` beside the running sequences until they finish.
+
+        Every `max_tokens` is known, so the blocks in use can be foreseen: just before the i-th sequence to finish
+        does so, those that finish later have grown by as many tokens and those before have gone. The largest such
+        sum, with lengths scaled by `output_ratio`, must fit. Where the guess is too low, preemption makes room.
+        """
+        if not self.running:
+            return True  # alone it goes as far as it can
+        manager = self.block_manager
+        seqs = [*self.running, seq]
+        held = np.array([len(s.block_table) for s in self.running] + [len(hits)])
+        num_tokens = np.array([len(s) for s in seqs])
+        remaining = np.maximum((np.array([s.max_len for s in seqs]) - num_tokens) * self.output_ratio, 1)
+        order = np.argsort(remaining)
+        held, num_tokens, remaining = held[order], num_tokens[order], remaining[order]
+        num_left = np.arange(len(seqs), 0, -1)
+        tokens_left = num_tokens[::-1].cumsum()[::-1] + num_left * remaining  # of the i-th and all that outlive it
+        blocks_left = tokens_left / manager.block_size + 0.5 * num_left  # the last block is half full on average
+        blocks_now = manager.num_blocks_for(len(seq)) - len(hits)
+        available = manager.num_free_blocks - sum(block.ref_count == 0 for block in hits)
+        return blocks_now <= available and (blocks_left - held.sum()).max() <= available
+
+    # ---- decode
+
+    def _schedule_decode(self) -> list[Sequence]:
+        manager = self.block_manager
+        block_size = manager.block_size
+        growing = [seq for seq in self.running if len(seq.token_ids) > len(seq.block_table) * block_size]
+        for seq in growing:  # oldest first
+            while seq.status is SequenceStatus.RUNNING and not manager.num_free_blocks:
+                self._preempt_newest()
+            if seq.status is SequenceStatus.RUNNING:
+                manager.allocate(seq, 1)
+        for seq in self.running:
+            seq.num_scheduled_tokens = 1
+        return list(self.running)
+
+    def _preempt_newest(self) -> None:
+        """Makes room. A request that cannot go on even alone ends with what it has."""
+        if self.waiting and self.waiting[0].block_table:
+            self._release(self.waiting[0])
+        elif len(self.running) == 1:
+            self._finish(self.running.pop(), "length")
+        else:
+            seq = self.running.pop()
+            self._release(seq)
+            self.waiting.appendleft(seq)
+            self.num_preemptions += 1
+
+    def _release(self, seq: Sequence) -> None:
+        self.block_manager.free(seq)
+        seq.status = SequenceStatus.WAITING
+        seq.num_scheduled_tokens = 0
+        self._admission_failed = False
+
+    def _finish(self, seq: Sequence, reason: str) -> None:
+        self._release(seq)
+        seq.status = SequenceStatus.FINISHED
+        seq.finish_reason = reason
+        self.finished.append(seq)
+        num_prompt = seq.num_prompt_tokens
+        used = (len(seq) - num_prompt) / (seq.max_len - num_prompt)
+        self.output_ratio += 0.1 * (used - self.output_ratio)

@@ -1,0 +1,85 @@
+"""Attention in plain PyTorch, for any machine: a loop over sequences, each read through its block table.
+
+The cache is `[num_blocks, num_kv_heads, block_size, head_dim]`, so that a head's keys are contiguous.
+Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim, L tokens of one sequence.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.utils.context import Context
+
+
+class CPUAttention:
+    """See `nanovllm.layers.attention.AttentionBackend`."""
+
+    @staticmethod
+    def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        return num_blocks, num_kv_heads, block_size, head_dim
+
+    @staticmethod
+    def store(
+        k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        stored = slot_mapping >= 0
+        if not stored.all():
+            k, v, slot_mapping = k[stored], v[stored], slot_mapping[stored]
+        block_size = k_cache.shape[2]
+        blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+        k_cache[blocks, :, offsets] = k
+        v_cache[blocks, :, offsets] = v
+
+    @staticmethod
+    def prefill(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        context: Context,
+    ) -> torch.Tensor:
+        out = torch.empty_like(q)
+        bounds = context.cu_seqlens_q.tolist()
+        lens_k = context.cu_seqlens_k.diff().tolist()
+        for i, len_k in enumerate(lens_k):
+            new = slice(bounds[i], bounds[i + 1])
+            len_q = new.stop - new.start
+            if len_k == len_q:
+                keys, values, mask = k[new].transpose(0, 1), v[new].transpose(0, 1), None
+            else:
+                keys, values = _gather(k_cache, v_cache, context.block_tables[i], len_k)
+                mask = torch.ones(len_q, len_k, dtype=torch.bool, device=q.device).tril(len_k - len_q)
+            attended = F.scaled_dot_product_attention(
+                q[new].transpose(0, 1).unsqueeze(0),
+                keys.unsqueeze(0),
+                values.unsqueeze(0),
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=True,
+            )
+            out[new] = attended.squeeze(0).transpose(0, 1)
+        return out
+
+    @staticmethod
+    def decode(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context) -> torch.Tensor:
+        num_kv_heads = k_cache.shape[1]
+        out = torch.empty_like(q)
+        # The query heads of a group share their keys: as rows of one query matrix they read them once.
+        grouped = q.unflatten(1, (num_kv_heads, -1))  # [S, KH, H / KH, D]
+        grouped_out = out.unflatten(1, (num_kv_heads, -1))
+        for i, length in enumerate(context.context_lens.tolist()):
+            keys, values = _gather(k_cache, v_cache, context.block_tables[i], length)
+            attended = F.scaled_dot_product_attention(grouped[i : i + 1], keys.unsqueeze(0), values.unsqueeze(0))
+            grouped_out[i] = attended.squeeze(0)
+        return out
+
+
+def _gather(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `length` keys and values of a sequence, each [KH, L, D]."""
+    blocks = block_table[: -(-length // k_cache.shape[2])]
+    if len(blocks) == 1:  # a view, nothing is copied
+        return k_cache[blocks[0], :, :length], v_cache[blocks[0], :, :length]
+    k, v = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length] for cache in (k_cache, v_cache))
+    return k, v

@@ -1,0 +1,49 @@
+"""The two ends of the vocabulary, split by rows over tensor-parallel ranks: embedding and LM head."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm.utils.context import get_context
+from nanovllm.utils.loader import CheckpointTensor, copy_weight
+from nanovllm.utils.parallel import TensorParallel
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Each rank embeds the tokens of its rows, the others' as zeros; an all-reduce adds them up.
+
+    A vocabulary that does not divide by the ranks is padded at its end with rows that no token id reaches.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.vocab_size = vocab_size
+        rows = -(-vocab_size // tp.size)
+        self.start = min(tp.rank * rows, vocab_size)
+        self.end = min(self.start + rows, vocab_size)
+        self.weight = nn.Parameter(torch.zeros(rows, hidden_size), requires_grad=False)
+
+    def load_weight(self, name: str, loaded: CheckpointTensor, shard: str | None) -> None:
+        full_shape = (self.vocab_size, self.weight.shape[1])
+        copy_weight(self.weight[: self.end - self.start], loaded, full_shape, slice(self.start, self.end))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[T] token ids -> [T, hidden_size]."""
+        if self.tp.size == 1:
+            return F.embedding(input_ids, self.weight)
+        is_mine = (input_ids >= self.start) & (input_ids < self.end)
+        embeddings = F.embedding(torch.where(is_mine, input_ids - self.start, 0), self.weight)
+        return self.tp.all_reduce(embeddings * is_mine.unsqueeze(-1))
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    """Logits of each sequence's last token, gathered on rank 0."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """[T, hidden_size] -> [S, vocab_size] on rank 0, None on the others."""
+        context = get_context()
+        if context.is_prefill:
+            hidden_states = hidden_states[context.cu_seqlens_q[1:] - 1]
+        logits = self.tp.gather_columns(F.linear(hidden_states, self.weight))
+        return None if logits is None else logits[:, : self.vocab_size]

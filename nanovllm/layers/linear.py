@@ -1,0 +1,79 @@
+"""Linear layers split over tensor-parallel ranks, each of which reads only its own slice of a checkpoint tensor.
+
+Column parallel: outputs are split, no communication. Row parallel: inputs are split, one all-reduce
+(Megatron-LM, Shoeybi et al., 2019, arXiv:1909.08053).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm.utils.loader import CheckpointTensor, copy_weight
+from nanovllm.utils.parallel import TensorParallel
+
+
+class ColumnParallelLinear(nn.Module):
+    """Several projections of one input as a single GEMM, each split by output features.
+
+    Args:
+        input_size: Features of the input.
+        output_sizes: Features of each projection by its name in the checkpoint.
+        bias: Whether the projections have biases.
+        tp: This rank's place.
+        num_replicas: How many neighbouring ranks hold the same slice of a projection, by name (default 1).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_sizes: dict[str, int],
+        bias: bool,
+        tp: TensorParallel,
+        num_replicas: dict[str, int] | None = None,
+    ):
+        super().__init__()
+        self.output_sizes = output_sizes
+        self.shards: dict[str, tuple[slice, slice]] = {}  # name -> rows of this parameter, rows in the checkpoint
+        offset = 0
+        for name, total in output_sizes.items():
+            replicas = (num_replicas or {}).get(name, 1)
+            size = tp.divide(total * replicas, name)
+            start = tp.rank // replicas * size
+            self.shards[name] = slice(offset, offset + size), slice(start, start + size)
+            offset += size
+        self.split_sizes = [rows.stop - rows.start for rows, _ in self.shards.values()]
+        self.weight = nn.Parameter(torch.empty(offset, input_size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(offset), requires_grad=False) if bias else None
+
+    def load_weight(self, name: str, loaded: CheckpointTensor, shard: str) -> None:
+        """Fills the rows of projection `shard` of this rank's `weight` or `bias`."""
+        ours, theirs = self.shards[shard]
+        param = getattr(self, name)
+        copy_weight(param[ours], loaded, (self.output_sizes[shard], *param.shape[1:]), theirs)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return F.linear(x, self.weight, self.bias).split(self.split_sizes, dim=-1)
+
+
+class RowParallelLinear(nn.Module):
+    """A projection split by input features; the ranks' partial sums are added up."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.input_size = input_size
+        size = tp.divide(input_size, "input_size")
+        self.columns = slice(tp.rank * size, (tp.rank + 1) * size)
+        self.weight = nn.Parameter(torch.empty(output_size, size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None
+
+    def load_weight(self, name: str, loaded: CheckpointTensor, shard: str | None) -> None:
+        if name == "bias":
+            copy_weight(self.bias, loaded)
+        else:
+            shape = (self.weight.shape[0], self.input_size)
+            copy_weight(self.weight, loaded, shape, (slice(None), self.columns))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.bias if self.tp.rank == 0 else None  # added once, not once per rank
+        return self.tp.all_reduce(F.linear(x, self.weight, bias))

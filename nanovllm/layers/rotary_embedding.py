@@ -1,0 +1,58 @@
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864), with every scaling that transformers knows."""
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+def rope_settings(config: PretrainedConfig) -> dict:
+    """`rope_type`, `rope_theta` and the scaling's own values, wherever this version of transformers keeps them."""
+    settings = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    settings.setdefault("rope_type", settings.get("type", "default"))
+    settings.setdefault("rope_theta", getattr(config, "rope_theta", 10000.0))
+    return settings
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates queries and keys by their positions; the two halves of a head are the two coordinates.
+
+    Scalings that depend on the length of the sequence ("dynamic", "longrope") are fixed for the longest one that the
+    engine may run: a cached key must not change when its sequence grows.
+
+    Args:
+        config: The model's configuration.
+        head_dim: Size of a head.
+        max_len: Positions to prepare, which is also the longest sequence.
+
+    Raises:
+        ValueError: transformers has no initialiser of the configuration's `rope_type`.
+    """
+
+    def __init__(self, config: PretrainedConfig, head_dim: int, max_len: int):
+        super().__init__()
+        settings = rope_settings(config)
+        rope_type = settings["rope_type"]
+        if rope_type == "default":
+            exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+            inv_freq, scale = 1.0 / settings["rope_theta"] ** exponents, 1.0
+        elif rope_type in ROPE_INIT_FUNCTIONS:
+            inv_freq, scale = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=max_len)
+        else:
+            known = ["default", *sorted(ROPE_INIT_FUNCTIONS)]
+            raise ValueError(f"rope_type {rope_type!r} is unknown to this version of transformers, which has {known}")
+        angles = torch.outer(torch.arange(max_len, dtype=torch.float32, device="cpu"), inv_freq.float())
+        self.register_buffer("cos", (angles.cos() * scale).to(torch.get_default_device()), persistent=False)
+        self.register_buffer("sin", (angles.sin() * scale).to(torch.get_default_device()), persistent=False)
+
+    def forward(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotates [T, heads, head_dim] queries and keys by their [T] positions, in fp32."""
+        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)

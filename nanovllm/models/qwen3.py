@@ -1,0 +1,135 @@
+"""Qwen3, dense (Qwen Team, 2025, arXiv:2505.09388), in the order of the computation.
+
+Legend: T tokens in the step, S sequences, H/KH query/KV heads of this rank, D head_dim, V vocabulary.
+"""
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.utils.parallel import TensorParallel
+
+
+class Qwen3Attention(nn.Module):
+    def __init__(self, config: PretrainedConfig, rotary_emb: RotaryEmbedding, tp: TensorParallel):
+        super().__init__()
+        head_dim = config.head_dim
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        kv_replicas = tp.replicas(num_kv_heads, "num_key_value_heads")
+        self.qkv_proj = ColumnParallelLinear(
+            config.hidden_size,
+            {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim},
+            config.attention_bias,
+            tp,
+            num_replicas={"k_proj": kv_replicas, "v_proj": kv_replicas},
+        )
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.rotary_emb = rotary_emb
+        self.attn = Attention(
+            tp.divide(num_heads, "num_attention_heads"), num_kv_heads * kv_replicas // tp.size, head_dim
+        )
+        self.o_proj = RowParallelLinear(num_heads * head_dim, config.hidden_size, config.attention_bias, tp)
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv_proj(hidden_states)
+        q = self.q_norm(q.view(-1, self.attn.num_heads, self.attn.head_dim))  # [T, H, D]
+        k = self.k_norm(k.view(-1, self.attn.num_kv_heads, self.attn.head_dim))  # [T, KH, D]
+        v = v.view(-1, self.attn.num_kv_heads, self.attn.head_dim)
+        q, k = self.rotary_emb(positions, q, k)
+        return self.o_proj(self.attn(q, k, v).flatten(1))
+
+
+class Qwen3MLP(nn.Module):
+    def __init__(self, config: PretrainedConfig, tp: TensorParallel):
+        super().__init__()
+        size = config.intermediate_size
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, {"gate_proj": size, "up_proj": size}, False, tp)
+        self.down_proj = RowParallelLinear(size, config.hidden_size, False, tp)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(silu_and_mul(*self.gate_up_proj(x)))
+
+
+class Qwen3DecoderLayer(nn.Module):
+    def __init__(self, config: PretrainedConfig, rotary_emb: RotaryEmbedding, tp: TensorParallel):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Qwen3Attention(config, rotary_emb, tp)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Qwen3MLP(config, tp)
+
+    def forward(
+        self, positions: torch.Tensor, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes and returns this layer's addition to the residual stream, and the stream without it."""
+        hidden_states, residual = self.input_layernorm.add_norm(x, residual)
+        hidden_states = self.self_attn(positions, hidden_states)
+        hidden_states, residual = self.post_attention_layernorm.add_norm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+class Qwen3Model(nn.Module):
+    def __init__(self, config: PretrainedConfig, max_len: int, tp: TensorParallel):
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        rotary_emb = RotaryEmbedding(config, config.head_dim, max_len)
+        self.layers = nn.ModuleList(Qwen3DecoderLayer(config, rotary_emb, tp) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden_states, residual = self.embed_tokens(input_ids), 0
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        return self.norm.add_norm(hidden_states, residual)[0]
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """The whole model of one rank.
+
+    Args:
+        config: transformers' `Qwen3Config`.
+        max_len: The longest sequence that the engine may run.
+        tp: This rank's place in the tensor-parallel group.
+
+    Raises:
+        ValueError: The number of heads does not divide by the ranks, or the model uses what this one lacks.
+    """
+
+    packed_modules = {
+        "q_proj": "qkv_proj",
+        "k_proj": "qkv_proj",
+        "v_proj": "qkv_proj",
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+    }
+
+    def __init__(self, config: PretrainedConfig, max_len: int, tp: TensorParallel):
+        super().__init__()
+        if config.hidden_act != "silu":
+            raise ValueError(f"hidden_act={config.hidden_act!r} is not supported; Qwen3 models use 'silu'")
+        if getattr(config, "use_sliding_window", False):
+            raise ValueError("use_sliding_window=True is not supported; set it to false in config.json")
+        self.tie_word_embeddings = config.tie_word_embeddings
+        self.model = Qwen3Model(config, max_len, tp)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp)
+        if self.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def ignored_weights(self, name: str) -> bool:
+        """Tensors of a checkpoint that this model does without: some files hold a tied head a second time."""
+        return (self.tie_word_embeddings and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[T] token ids and [T] positions -> [T, hidden_size]."""
+        return self.model(input_ids, positions)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """[T, hidden_size] -> [S, V] for each sequence's last token on rank 0, None on the others."""
+        return self.lm_head(hidden_states)

@@ -1,0 +1,59 @@
+"""The one place that knows devices apart: which there is, which dtype suits it, how much memory it has left."""
+
+import psutil
+import torch
+
+GIB = 2**30
+CPU_CACHE_BYTES = 4 * GIB
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: The device is unknown or absent.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r} is not supported; use 'auto', 'cuda' or 'cpu'")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}, but PyTorch finds no CUDA device; use device='cpu' or 'auto'")
+    return torch.device(name)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 products run in hardware there, rather than through fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch 2.8
+    return any(getattr(torch.cpu, name, bool)() for name in probes)
+
+
+def suitable_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What to compute a checkpoint of `dtype` in: 16 bits become fp32 or fp16 where bf16 is slow."""
+    if dtype == torch.float32:
+        return dtype
+    if device.type == "cpu":
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    return dtype if dtype == torch.float16 or has_fast_bf16(device) else torch.float16
+
+
+def available_memory(device: torch.device, gpu_memory_utilization: float) -> int:
+    """Bytes that the engine may still take.
+
+    On the CPU what the system has available. On CUDA what `gpu_memory_utilization` of the device leaves after
+    everything on it now, other processes' memory too.
+    """
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free - (1 - gpu_memory_utilization) * total)
+
+
+def default_cache_bytes(device: torch.device, available: int) -> int:
+    """The KV cache's share of the available memory: all of it on CUDA; on the CPU half of it, at most 4 GiB."""
+    return available if device.type == "cuda" else min(CPU_CACHE_BYTES, available // 2)

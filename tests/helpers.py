@@ -1,0 +1,63 @@
+"""Random models and the references that the engine is compared with."""
+
+import random
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).parent.parent
+DEMO_MODEL = ROOT / "assets" / "nano-qwen3"
+
+
+def make_config(**overrides) -> Qwen3Config:
+    """A Qwen3 of about 100,000 parameters, with logits spread widely enough that fp32 has no ties."""
+    settings = {
+        "vocab_size": 307,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": False,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    return Qwen3Config(**settings | overrides)
+
+
+def save_model(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
+    """Writes a random checkpoint into `path` and returns transformers' model of it."""
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(make_config(**overrides)).eval()
+    for name, param in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):  # else they start as ones and zeros, which would hide mistakes
+            param.data += 0.2 * torch.randn_like(param)
+    model = model.to(dtype)
+    model.save_pretrained(path)
+    return model
+
+
+def random_prompts(lengths: list[int], seed: int = 0, vocab_size: int = 307) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(2, vocab_size) for _ in range(length)] for length in lengths]
+
+
+@torch.inference_mode()
+def reference_tokens(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
+    """transformers' greedy completion, the EOS included."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@torch.inference_mode()
+def reference_logits(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
+    """[V] logits of the token after `prompt`."""
+    return model(torch.tensor([prompt])).logits[0, -1]
