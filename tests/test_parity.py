@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from helpers import random_prompts, reference_logits, reference_tokens, save_model
 from nanovllm import LLM, SamplingParams
 

@@ -1,0 +1,279 @@
+"""The scheduler and the block manager against a plain model of the cache, over random histories."""
+
+from collections import Counter, deque
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from nanovllm.engine import block_manager as block_manager_module
+from nanovllm.engine.batch import BatchBuilder
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.sampling_params import SamplingParams
+
+EOS = 0
+MAX_MODEL_LEN = 60
+
+
+def next_token(tokens: tuple[int, ...]) -> int:
+    """The plain model's "language model": a fixed function of everything before. One token in 16 is the EOS."""
+    return hash((17, tokens)) % 16
+
+
+def complete(prompt: list[int], max_tokens: int) -> list[int]:
+    """What a request must produce, whatever runs beside it."""
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < max_tokens and len(tokens) < MAX_MODEL_LEN:
+        tokens.append(next_token(tuple(tokens)))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
+
+
+class Engine:
+    """The control plane with a plain model in place of the tensors: a slot holds all tokens up to the one stored."""
+
+    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int):
+        self.manager = BlockManager(num_blocks, block_size)
+        self.scheduler = Scheduler(self.manager, max_num_seqs, budget)
+        self.builder = BatchBuilder(block_size, -(-MAX_MODEL_LEN // block_size))
+        self.slots: dict[int, tuple[int, ...]] = {}
+        self.requests: dict[int, tuple[Sequence, list[int]]] = {}
+        self.num_steps = self.next_id = 0
+
+    def add(self, prompt: list[int], max_tokens: int) -> None:
+        params = SamplingParams(max_tokens=max_tokens)
+        seq = Sequence(self.next_id, prompt, params, frozenset([EOS]), MAX_MODEL_LEN)
+        self.next_id += 1
+        self.requests[seq.seq_id] = seq, complete(prompt, max_tokens)
+        self.scheduler.add(seq)
+
+    def slot(self, seq: Sequence, position: int) -> int:
+        size = self.manager.block_size
+        return seq.block_table[position // size] * size + position % size
+
+    def step(self, fail: bool = False) -> None:
+        seqs, is_prefill = self.scheduler.schedule()
+        self.num_steps += 1
+        if not seqs:
+            return
+        batch = self.builder.prefill(seqs) if is_prefill else self.builder.decode(seqs)
+        self.check_schedule(seqs, is_prefill)
+        if fail:
+            self.scheduler.requeue(seqs)
+            self.check_invariants()
+            return
+        written = []
+        for seq in seqs:
+            tokens = tuple(seq.token_ids)
+            end = seq.num_computed_tokens + seq.num_scheduled_tokens
+            for position in range(seq.num_computed_tokens):  # before this step's tokens are stored
+                assert self.slots[self.slot(seq, position)] == tokens[: position + 1]
+            written += [(self.slot(seq, p), tokens[: p + 1]) for p in range(seq.num_computed_tokens, end)]
+        assert len({slot for slot, _ in written}) == len(written), "two tokens in one slot"
+        assert batch.slot_mapping.tolist() == [slot for slot, _ in written]
+        assert batch.input_ids.tolist() == [tokens[-1] for _, tokens in written]
+        assert batch.positions.tolist() == [len(tokens) - 1 for _, tokens in written]
+        assert batch.context_lens.tolist() == [s.num_computed_tokens + s.num_scheduled_tokens for s in seqs]
+        if batch.block_tables is not None:
+            for row, seq in zip(batch.block_tables.tolist(), seqs, strict=True):
+                assert row[: len(seq.block_table)] == seq.block_table
+        self.slots.update(written)
+        self.scheduler.postprocess(seqs, [next_token(tuple(seq.token_ids)) for seq in seqs])
+        self.check_invariants()
+
+    def check_schedule(self, seqs: list[Sequence], is_prefill: bool) -> None:
+        scheduler, manager = self.scheduler, self.manager
+        assert len(scheduler.running) <= scheduler.max_num_seqs
+        for seq in seqs:
+            assert seq.num_scheduled_tokens >= 1
+            assert len(seq.block_table) == manager.num_blocks_for(seq.num_computed_tokens + seq.num_scheduled_tokens)
+            first_new_block = seq.num_computed_tokens // manager.block_size
+            assert all(manager.blocks[b].ref_count == 1 for b in seq.block_table[first_new_block:]), "shared, written"
+        if is_prefill:
+            assert sum(seq.num_scheduled_tokens for seq in seqs) <= scheduler.max_num_batched_tokens
+        else:
+            assert seqs == scheduler.running
+            assert all(seq.num_scheduled_tokens == 1 for seq in seqs)
+
+    def check_invariants(self) -> None:
+        manager, scheduler = self.manager, self.scheduler
+        live = [*scheduler.waiting, *scheduler.running]
+        held = Counter(block_id for seq in live for block_id in seq.block_table)
+        for block in manager.blocks:
+            assert block.ref_count == held[block.block_id]
+            assert (block.ref_count == 0) == (block.block_id in manager.free_ids)
+        for block_hash, block in manager.cached.items():
+            assert block.hash == block_hash
+        for seq in live:
+            assert len(seq.block_table) == manager.num_blocks_for(seq.num_computed_tokens)
+        assert all(not seq.block_table for seq in list(scheduler.waiting)[1:])
+        assert all(seq.num_computed_tokens == len(seq) - 1 for seq in scheduler.running)
+
+    def collect(self) -> None:
+        """Checks the requests that finished."""
+        for seq in self.scheduler.finished:
+            _, expected = self.requests.pop(seq.seq_id)
+            got = seq.completion_token_ids
+            assert got == expected[: len(got)]
+            if got != expected:  # only a sequence that fills the whole cache may end early
+                assert seq.finish_reason == "length"
+                assert len(seq) > len(self.manager.blocks) * self.manager.block_size
+            elif got[-1] == EOS:
+                assert seq.finish_reason == "stop"
+        self.scheduler.finished = []
+
+    def drain(self) -> None:
+        deadline = self.num_steps + 5000
+        while not self.scheduler.is_finished():
+            self.step()
+            self.collect()
+            assert self.num_steps < deadline, "no progress"
+        assert self.manager.num_free_blocks == len(self.manager.blocks)
+        assert not self.requests
+
+
+class History(RuleBasedStateMachine):
+    total_steps = 0
+    preemptions = 0
+
+    @initialize(
+        num_blocks=st.integers(2, 24), block_size=st.integers(1, 5), max_num_seqs=st.integers(1, 6),
+        budget=st.integers(1, 40), foresight=st.booleans(),
+    )  # fmt: skip
+    def start(self, num_blocks, block_size, max_num_seqs, budget, foresight):
+        self.engine = Engine(num_blocks, block_size, max_num_seqs, budget)
+        if not foresight:
+            self.engine.scheduler.output_ratio = 0.0
+
+    @rule(data=st.data(), copies=st.integers(1, 3), max_tokens=st.integers(1, 30))
+    def add(self, data, copies, max_tokens):
+        """Prompts over two tokens, so that prefixes are shared all the time."""
+        manager = self.engine.manager
+        longest = min(MAX_MODEL_LEN - 1, len(manager.blocks) * manager.block_size)
+        prompt = data.draw(st.lists(st.integers(1, 2), min_size=1, max_size=longest))
+        for _ in range(copies):
+            self.engine.add(prompt, max_tokens)
+
+    @rule(times=st.integers(1, 12))
+    def step(self, times):
+        for _ in range(times):
+            self.engine.step()
+            self.engine.collect()
+
+    @rule()
+    def failing_step(self):
+        self.engine.step(fail=True)
+        self.engine.collect()
+
+    @precondition(lambda self: self.engine.requests)
+    @rule(data=st.data())
+    def abort(self, data):
+        seq_id = data.draw(st.sampled_from(sorted(self.engine.requests)))
+        seq, _ = self.engine.requests.pop(seq_id)
+        self.engine.scheduler.abort({seq_id})
+        assert seq.status is SequenceStatus.FINISHED
+        self.engine.check_invariants()
+
+    def teardown(self):
+        if hasattr(self, "engine"):
+            self.engine.drain()
+            type(self).total_steps += self.engine.num_steps
+            type(self).preemptions += self.engine.scheduler.num_preemptions
+
+
+@pytest.mark.parametrize("hash_bits", [64, 2])
+def test_random_histories_keep_the_invariants(hash_bits, monkeypatch):
+    """With a 2-bit hash nearly every look-up collides."""
+    true_hash = block_manager_module.xxh64_intdigest
+    monkeypatch.setattr(block_manager_module, "xxh64_intdigest", lambda data: true_hash(data) % 2**hash_bits)
+    History.total_steps = History.preemptions = 0
+    run_state_machine_as_test(History, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+    assert History.total_steps >= 2000
+    assert History.preemptions > 0
+
+
+def run(engine: Engine, prompts: list[list[int]], max_tokens: int = 8) -> list[list[tuple[int, int]]]:
+    """Adds prompts and drains; returns `(seq_id, tokens computed)` of each prefill step."""
+    for prompt in prompts:
+        engine.add(prompt, max_tokens)
+    prefills = []
+    schedule = engine.scheduler.schedule
+
+    def recording():
+        seqs, is_prefill = schedule()
+        if is_prefill:
+            prefills.append([(seq.seq_id, seq.num_scheduled_tokens) for seq in seqs])
+        return seqs, is_prefill
+
+    engine.scheduler.schedule = recording
+    engine.drain()
+    return prefills
+
+
+def test_a_long_prompt_is_computed_in_chunks():
+    assert run(Engine(20, 4, 4, budget=10), [[1] * 25]) == [[(0, 10)], [(0, 10)], [(0, 5)]]
+
+
+def test_identical_prompts_in_one_step_are_computed_once():
+    prefills = run(Engine(40, 4, 8, budget=100), [[1] * 9, [1] * 9, [2] * 9, [2] * 9])
+    assert prefills == [[(0, 9), (2, 9)], [(1, 1), (3, 1)]]
+
+
+def test_a_full_hit_of_an_exact_multiple_computes_one_block():
+    engine = Engine(40, 4, 8, budget=100)
+    run(engine, [[1] * 8])
+    assert run(engine, [[1] * 8])[-1] == [(1, 4)]
+
+
+def test_the_token_budget_counts_only_what_is_not_cached():
+    engine = Engine(40, 4, 8, budget=9)
+    run(engine, [[1] * 8])
+    assert run(engine, [[1] * 8 + [2], [1] * 8 + [1]])[-1] == [(1, 1), (2, 1)]
+
+
+def test_preemption_takes_the_newest_and_resumes_it():
+    engine = Engine(6, 4, 4, budget=100)
+    engine.scheduler.output_ratio = 0.0
+    prompts = [[1, 2, 1, 1], [2, 2, 1, 1], [1, 1, 2, 2]]
+    for prompt in prompts:
+        engine.add(prompt, 30)
+    oldest = engine.scheduler.waiting[0]
+    while not engine.scheduler.is_finished():
+        engine.step()
+        assert oldest.status is not SequenceStatus.WAITING
+        engine.collect()
+    assert engine.scheduler.num_preemptions > 0
+
+
+def test_known_lengths_admit_only_what_fits():
+    """Eight requests of 4 blocks in the end, and a cache of 17: foresight needs no preemption, optimism does."""
+    preemptions = {}
+    for ratio in (1.0, 0.0):
+        engine = Engine(17, 4, 8, budget=100)
+        engine.scheduler.output_ratio = ratio
+        engine.scheduler.finished = deque(maxlen=0)
+        for i in range(8):
+            seq = Sequence(i, [i + 1] * 4, SamplingParams(max_tokens=12), frozenset(), MAX_MODEL_LEN)
+            engine.scheduler.add(seq)
+        while not engine.scheduler.is_finished():
+            engine.step()
+        preemptions[ratio] = engine.scheduler.num_preemptions
+    assert preemptions[1.0] == 0 < preemptions[0.0]
+
+
+def test_a_sequence_that_outgrows_the_cache_ends_alone_with_what_it_has():
+    engine = Engine(3, 4, 4, budget=100)
+    seq = Sequence(0, [1, 2, 3], SamplingParams(max_tokens=50, ignore_eos=True), frozenset(), MAX_MODEL_LEN)
+    other = Sequence(1, [4, 5], SamplingParams(max_tokens=4, ignore_eos=True), frozenset(), MAX_MODEL_LEN)
+    engine.scheduler.add(seq)
+    engine.scheduler.add(other)
+    while not engine.scheduler.is_finished():
+        engine.step()
+    assert seq.finish_reason == other.finish_reason == "length"
+    assert len(seq) == 3 * 4 + 1  # the last token was sampled and needs no slot
+    assert len(other) == 2 + 4
+    assert engine.manager.num_free_blocks == 3
