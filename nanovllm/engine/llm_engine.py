@@ -181,7 +181,10 @@ class LLMEngine:
 
     def _check_prompt(self, ids: SequenceOf[int], name: str) -> np.ndarray:
         """`ids` as int32, or an error that says what is wrong with them."""
-        array = np.asarray(ids) if isinstance(ids, (SequenceOf, np.ndarray)) else np.empty((0, 0))
+        try:
+            array = np.asarray(ids)
+        except ValueError:  # ragged
+            array = np.empty((0, 0))
         if array.size == 0 and array.ndim == 1:
             raise ValueError(f"{name} is empty: give it at least one token")
         if array.ndim != 1 or array.dtype.kind not in "iu":
