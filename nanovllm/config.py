@@ -79,7 +79,7 @@ class Config:
         if isinstance(self.dtype, str) and self.dtype != "auto":
             self.dtype = DTYPES[self.dtype]
         elif not isinstance(self.dtype, torch.dtype):
-            stored = getattr(self.hf_config, "dtype", None) or getattr(self.hf_config, "torch_dtype", None)
+            stored = getattr(self.hf_config, "dtype" if hasattr(self.hf_config, "dtype") else "torch_dtype", None)
             stored = DTYPES.get(str(stored).removeprefix("torch."), torch.bfloat16)
             self.dtype = suitable_dtype(stored, self.device)
         eos = self._read_eos() if self.eos is None else self.eos

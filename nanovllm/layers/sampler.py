@@ -14,8 +14,8 @@ def sample(
     """One token a row, distributed as softmax(logits / temperature).
 
     Inverse CDF with one random number a row, instead of V exponential draws: first the chunk of the vocabulary in
-    which the number falls, then the token in it. The sums are in fp64, so the distribution is exact to the precision
-    of the fp32 probabilities, and a token of probability 0 is never drawn.
+    which the number falls, then the token in it. The distribution is exact to the precision of the fp32
+    probabilities, and a token of probability 0 is never drawn.
 
     Args:
         logits: [S, V], any floating dtype.
@@ -25,18 +25,19 @@ def sample(
     Returns:
         [S] int64.
     """
-    greedy = logits.argmax(-1)
+    maxima, greedy = logits.max(-1)
     if temperatures is None:
         return greedy
+    is_random = temperatures > 0
+    weights = torch.nn.functional.pad(logits.float(), (0, -logits.shape[1] % CHUNK), value=-torch.inf)
     # Shifted before divided: a tiny temperature turns differences into -inf, whose exponential is 0, never into NaN.
-    probs = logits.float()
-    probs = (probs - probs.amax(-1, keepdim=True)).div_(torch.where(temperatures > 0, temperatures, 1).unsqueeze(1))
-    probs = torch.nn.functional.pad(probs.exp_(), (0, -logits.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))
-    chunk_cdf = probs.sum(-1, dtype=torch.float64).cumsum(-1)
+    weights.sub_(maxima.float().unsqueeze(1)).div_(torch.where(is_random, temperatures, 1).unsqueeze(1)).exp_()
+    weights = weights.unflatten(1, (-1, CHUNK))
+    chunk_cdf = weights.sum(-1).double().cumsum(-1)
     chunk, rest = _invert(chunk_cdf, uniforms.unsqueeze(1) * chunk_cdf[:, -1:])
-    in_chunk = probs[torch.arange(len(chunk), device=chunk.device), chunk]
+    in_chunk = weights[torch.arange(len(chunk), device=chunk.device), chunk]
     token, _ = _invert(in_chunk.double().cumsum(-1), rest.unsqueeze(1))
-    return torch.where(temperatures > 0, chunk * CHUNK + token, greedy)
+    return torch.where(is_random, chunk * CHUNK + token, greedy)
 
 
 def _invert(cdf: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

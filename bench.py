@@ -1,0 +1,578 @@
+"""Throughput on random token ids, beside the least time that this machine's arithmetic and memory would allow.
+
+    python bench.py                                  # the shape of Qwen3-0.6B, random weights, nothing to download
+    python bench.py --model Qwen/Qwen3-0.6B          # real weights: a directory or an id of the hub
+    python bench.py --model DIR --load-format dummy  # random weights in the shape that DIR/config.json describes
+    python bench.py --engine transformers            # the same workload through another engine (or vllm)
+    python bench.py --shared-prefix-len 512          # what the prefix cache saves
+    python bench.py --control-plane                  # what scheduling costs; needs no model
+
+Prompts and output lengths are drawn uniformly from a fixed seed and end-of-sequence tokens are ignored, so every
+engine does exactly the same work. On CUDA the default is "classic": 256 prompts, inputs and outputs of 100 to 1024
+tokens. On a CPU it is "small": 32 prompts, inputs of 32 to 256 and outputs of 32 to 128 tokens.
+
+The floor is the time that the model's arithmetic and memory traffic take at the best rates measured here, of a large
+matrix product and of memory (CUDA: a copy, read and written bytes; CPU: a read), with everything else free:
+
+    prefill            max(FLOPs / rate, bytes / bandwidth) of all prompts at once: 2 FLOPs per layer parameter and
+                       prompt token, 2 per LM head parameter and prompt, 4 * heads * head_dim per layer and pair of
+                       positions of a prompt, halved for causality; bytes are all weights once.
+    each decode step   the same maximum for the next token of every unfinished sequence, at most --max-num-seqs of
+                       them (as one finishes, the next takes its place): bytes are all weights and all cached keys
+                       and values once; FLOPs as above, for one token of each sequence.
+
+"60 % of the floor" means that 60 % of the time which the engine took was unavoidable.
+"""
+
+import argparse
+import gc
+import heapq
+import importlib.util
+import json
+import random
+import string
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.config import Config
+from nanovllm.engine.batch import Batch, BatchBuilder
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.utils.context import Context
+from nanovllm.utils.device import resolve_device
+
+QWEN3_0_6B = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072,
+    "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 40960, "rope_theta": 1000000,
+    "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False, "initializer_range": 0.02,
+    "bos_token_id": 151643, "eos_token_id": 151645, "dtype": "bfloat16",
+}  # fmt: skip
+LENGTHS = ("num_seqs", "min_input_len", "max_input_len", "min_output_len", "max_output_len")
+CLASSIC = dict(zip(LENGTHS, (256, 100, 1024, 100, 1024), strict=True))
+SMALL = dict(zip(LENGTHS, (32, 32, 256, 32, 128), strict=True))
+ENGINE_OPTIONS = {  # fields of Config, with their defaults
+    "dtype": "auto, float32, bfloat16 or float16",
+    "device": "auto, cuda or cpu",
+    "attention_backend": "of nanovllm",
+    "max_model_len": "most tokens of a sequence",
+    "max_num_seqs": "most sequences at a time",
+    "max_num_batched_tokens": "most tokens in a prefill step",
+    "kvcache_block_size": "tokens in a block of the KV cache",
+    "num_kvcache_blocks": "-1 fills the memory budget",
+}
+CONFIG_DEFAULTS = {field.name: field.default for field in fields(Config)}
+MAX_TOKEN_ID = 10_000
+SUFFIX_LEN = 32  # of each prompt after the shared prefix
+FINISH_INTERVAL = 4  # decode steps between one sequence's end and the next one's
+MEASURING_SECONDS = 0.4  # for each of the machine's two rates
+
+Figures = dict[str, int | float | str]
+
+# ---- workload and floor
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    prompts: list[list[int]]
+    output_lens: list[int]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(self.output_lens)
+
+
+def make_workload(lengths: dict[str, int], seed: int = 0, vocab_size: int = MAX_TOKEN_ID + 1) -> Workload:
+    """Random prompts and output lengths, the same on every machine. `lengths` has a value for each of `LENGTHS`."""
+    num_seqs, min_input, max_input, min_output, max_output = (lengths[name] for name in LENGTHS)
+    rng = random.Random(seed)
+    top = min(MAX_TOKEN_ID, vocab_size - 1)
+    prompts = [[rng.randint(0, top) for _ in range(rng.randint(min_input, max_input))] for _ in range(num_seqs)]
+    return Workload(prompts, [rng.randint(min_output, max_output) for _ in range(num_seqs)])
+
+
+def floor_seconds(
+    workload: Workload, model: PretrainedConfig, itemsize: int, flop_rate: float, bandwidth: float, max_num_seqs: int
+) -> tuple[float, float]:
+    """The least seconds of prefill and of decode, as defined at the top of this file.
+
+    Args:
+        workload: What is computed.
+        model: Dimensions of the model.
+        itemsize: Bytes of a weight and of a cached number.
+        flop_rate: FLOP/s.
+        bandwidth: Bytes/s.
+        max_num_seqs: Most sequences in a decode step.
+    """
+    layers, hidden, head_dim = model.num_hidden_layers, model.hidden_size, model.head_dim
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    projections = hidden * (2 * heads + 2 * kv_heads) * head_dim + 3 * hidden * model.intermediate_size
+    layer_params, head_params = layers * (projections + 2 * hidden + 2 * head_dim), model.vocab_size * hidden
+    weight_bytes = (layer_params + head_params) * itemsize
+    kv_bytes = layers * 2 * kv_heads * head_dim * itemsize  # of one token
+    pair_flops = layers * 4 * heads * head_dim  # of a query and a key
+
+    inputs, outputs = np.array([len(prompt) for prompt in workload.prompts]), np.array(workload.output_lens)
+    flops = 2 * layer_params * inputs.sum() + 2 * head_params * len(inputs) + pair_flops * (inputs**2).sum() / 2
+    prefill = max(flops / flop_rate, weight_bytes / bandwidth)
+
+    # The prefill gives each sequence its first token. Sequence i is in the decode steps starts[i] <= t < ends[i], in
+    # step t with offsets[i] + t keys.
+    starts = first_decode_steps(workload.output_lens, max_num_seqs)
+    ends = starts + outputs - 1
+    offsets = inputs + 1 - starts
+    n = ends.max()
+    num_seqs = (np.bincount(starts, minlength=n + 1) - np.bincount(ends, minlength=n + 1)).cumsum()[:n]
+    num_keys = (np.bincount(starts, offsets, n + 1) - np.bincount(ends, offsets, n + 1)).cumsum()[:n]
+    num_keys += num_seqs * np.arange(n)
+    flops = 2 * (layer_params + head_params) * num_seqs + pair_flops * num_keys
+    decode = np.maximum(flops / flop_rate, (weight_bytes + kv_bytes * num_keys) / bandwidth).sum()
+    return float(prefill), float(decode)
+
+
+def first_decode_steps(output_lens: list[int], max_num_seqs: int) -> np.ndarray:
+    """The step in which each sequence begins when it takes the place of the first to finish."""
+    ends: list[int] = []
+    starts: list[int] = []
+    for length in output_lens:
+        starts.append(heapq.heappop(ends) if len(ends) == max_num_seqs else 0)
+        heapq.heappush(ends, starts[-1] + length - 1)
+    return np.array(starts)
+
+
+# ---- this machine
+
+
+def best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The quickest of at least three runs of `work`, after one to warm up."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds: list[float] = []
+    deadline = perf_counter() + MEASURING_SECONDS
+    while len(seconds) < 4 or perf_counter() < deadline:
+        start = perf_counter()
+        work()
+        synchronize()
+        seconds.append(perf_counter() - start)
+    return min(seconds[1:])
+
+
+@torch.inference_mode()
+def measure_flop_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a large matrix product."""
+    rows, outputs, inputs = (8192, 8192, 8192) if device.type == "cuda" else (2048, 3072, 1024)
+    x, weight = (torch.randn(n, inputs, dtype=dtype, device=device) for n in (rows, outputs))
+    return 2 * rows * outputs * inputs / best_seconds(lambda: F.linear(x, weight), device)
+
+
+@torch.inference_mode()
+def measure_bandwidth(device: torch.device) -> float:
+    """Bytes/s of memory: CUDA's read and written by a copy, a CPU's read by a sum over more than its caches hold."""
+    x = torch.ones(2**27, device=device)  # 512 MiB
+    if device.type == "cuda":
+        copy = torch.empty_like(x)
+        return 2 * x.nbytes / best_seconds(lambda: copy.copy_(x), device)
+    return x.nbytes / best_seconds(x.sum, device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on CUDA the most that PyTorch had allocated, on a CPU the most that the process had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---- engines: each is opened once and then generates workloads, telling at least how many tokens it made
+
+Generate = Callable[[Workload], Figures]
+
+
+def open_nanovllm(args: argparse.Namespace, config: Config) -> Generate:
+    llm = LLM(str(config.model_path), **engine_options(args))
+
+    def generate(workload: Workload) -> Figures:
+        tokens, seconds = {True: 0, False: 0}, {True: 0.0, False: 0.0}  # by whether it is prefill
+        output_tokens = 0
+        for prompt, n in zip(workload.prompts, workload.output_lens, strict=True):
+            llm.add_request(prompt, SamplingParams(args.temperature, max_tokens=n, ignore_eos=True))
+        while not llm.is_finished():
+            start = perf_counter()
+            outputs, num_tokens = llm.step()
+            tokens[num_tokens > 0] += abs(num_tokens)
+            seconds[num_tokens > 0] += perf_counter() - start
+            output_tokens += sum(len(token_ids) for _, token_ids in outputs)
+        figures: Figures = {"output_tokens": output_tokens}
+        for phase, is_prefill in (("prefill", True), ("decode", False)):
+            figures[f"{phase}_tokens"], figures[f"{phase}_seconds"] = tokens[is_prefill], seconds[is_prefill]
+            figures[f"{phase}_tokens_per_s"] = tokens[is_prefill] / max(seconds[is_prefill], 1e-9)
+        return figures
+
+    return generate
+
+
+def open_transformers(args: argparse.Namespace, config: Config) -> Generate:
+    """Left-padded batches, each generated up to its longest output; only the tokens asked for count."""
+    torch.manual_seed(args.seed)
+    config.hf_config.dtype = config.dtype
+    if config.load_format == "dummy":
+        model = AutoModelForCausalLM.from_config(config.hf_config)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(config.model_path)
+    model = model.to(config.device, config.dtype).eval()
+    settings = {"do_sample": False, "pad_token_id": 0}
+    if args.temperature > 0:
+        settings |= {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+
+    def generate_batch(prompts: list[list[int]], output_lens: list[int]) -> int:
+        width, longest = max(map(len, prompts)), max(output_lens)
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=config.device)
+        padding = torch.tensor([width - len(prompt) for prompt in prompts], device=config.device)
+        mask = (torch.arange(width, device=config.device) >= padding.unsqueeze(1)).long()
+        out = model.generate(ids, attention_mask=mask, min_new_tokens=longest, max_new_tokens=longest, **settings)
+        return sum(len(row[width : width + n]) for row, n in zip(out.tolist(), output_lens, strict=True))
+
+    def generate(workload: Workload) -> Figures:
+        batches = [slice(i, i + config.max_num_seqs) for i in range(0, len(workload.prompts), config.max_num_seqs)]
+        parts = [generate_batch(workload.prompts[batch], workload.output_lens[batch]) for batch in batches]
+        return {"output_tokens": sum(parts)}
+
+    return generate
+
+
+def open_vllm(args: argparse.Namespace, config: Config) -> Generate:
+    """Its own block size and cache size unless others are asked for."""
+    import vllm
+
+    same = ("enforce_eager", "load_format", "max_num_seqs", "max_num_batched_tokens", "seed")
+    options = {name: getattr(args, name) for name in same}
+    for ours, theirs in (("kvcache_block_size", "block_size"), ("num_kvcache_blocks", "num_gpu_blocks_override")):
+        if getattr(args, ours) != CONFIG_DEFAULTS[ours]:
+            options[theirs] = getattr(args, ours)
+    options |= {"dtype": dtype_name(config), "max_model_len": config.max_model_len}
+    llm = vllm.LLM(str(config.model_path), skip_tokenizer_init=True, **options)
+    common = {"temperature": args.temperature, "ignore_eos": True, "detokenize": False}
+
+    def generate(workload: Workload) -> Figures:
+        prompts = [{"prompt_token_ids": prompt} for prompt in workload.prompts]
+        params = [vllm.SamplingParams(max_tokens=n, **common) for n in workload.output_lens]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return {"output_tokens": sum(len(output.outputs[0].token_ids) for output in outputs)}
+
+    return generate
+
+
+ENGINES = {"nanovllm": open_nanovllm, "transformers": open_transformers, "vllm": open_vllm}
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, int | str | bool]:
+    """Keyword arguments of `Config` and `LLM`."""
+    return {name: getattr(args, name) for name in (*ENGINE_OPTIONS, "enforce_eager", "load_format", "seed")}
+
+
+def dtype_name(config: Config) -> str:
+    return str(config.dtype).removeprefix("torch.")
+
+
+def timed(generate: Generate, workload: Workload) -> Figures:
+    """Generates `workload`; adds the seconds that it took.
+
+    Raises:
+        RuntimeError: The engine made fewer tokens than the workload asks for.
+    """
+    start = perf_counter()
+    figures = generate(workload)
+    figures["seconds"] = perf_counter() - start
+    if figures["output_tokens"] != workload.output_tokens:
+        raise RuntimeError(
+            f"the engine made {figures['output_tokens']} tokens, the workload asks for {workload.output_tokens}. "
+            "A sequence that outgrows the KV cache ends early: raise --num-kvcache-blocks"
+        )
+    return figures
+
+
+# ---- the three measurements
+
+
+def throughput(args: argparse.Namespace, config: Config) -> Figures:
+    """An engine's rates on the workload, and the floor."""
+    lengths = {name: getattr(args, name) for name in LENGTHS}
+    workload = make_workload(lengths, args.seed, config.hf_config.vocab_size)
+    start = perf_counter()
+    generate = ENGINES[args.engine](args, config)
+    generate(Workload([[1] * 16], [4]))
+    startup_seconds = perf_counter() - start
+    figures: Figures = {"engine": args.engine, "model": args.model or "the shape of Qwen3-0.6B"}
+    figures |= engine_options(args) | lengths | {"temperature": args.temperature, "dtype": dtype_name(config)}
+    figures["device"] = torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else "cpu"
+    figures |= {"threads": torch.get_num_threads(), "prompt_tokens": workload.prompt_tokens}
+    figures |= {"startup_seconds": startup_seconds} | timed(generate, workload)
+    if args.engine != "vllm":  # which computes in a process of its own
+        figures["peak_gbytes"] = peak_memory(config.device) / 1e9
+    del generate
+    gc.collect()  # the engine's memory goes before the machine is measured
+    flop_rate, bandwidth = measure_flop_rate(config.dtype, config.device), measure_bandwidth(config.device)
+    floors = floor_seconds(workload, config.hf_config, config.dtype.itemsize, flop_rate, bandwidth, config.max_num_seqs)
+    seconds = figures["seconds"]
+    figures["output_tokens_per_s"] = workload.output_tokens / seconds
+    figures["total_tokens_per_s"] = (workload.prompt_tokens + workload.output_tokens) / seconds
+    figures |= {"gflops": flop_rate / 1e9, "gbytes_per_s": bandwidth / 1e9}
+    figures |= {"prefill_floor_seconds": floors[0], "decode_floor_seconds": floors[1], "floor_seconds": sum(floors)}
+    return figures | {"percent_of_floor": 100 * sum(floors) / seconds}
+
+
+def shared_prefix(args: argparse.Namespace, config: Config) -> Figures:
+    """Seconds to prefill prompts that share nothing, and as many that share all but their last tokens."""
+    n, length = args.num_seqs, args.shared_prefix_len
+    total = length + SUFFIX_LEN
+    lengths = dict(zip(LENGTHS, (2 * n + 1, total, total, 1, 1), strict=True))
+    warmup, *prompts = make_workload(lengths, args.seed, config.hf_config.vocab_size).prompts
+    shared = [prompts[n][:length] + prompt[length:] for prompt in prompts[n:]]
+    generate = ENGINES[args.engine](args, config)
+    for _ in range(2):  # the second time with a cached prefix, so that nothing is run for the first time later
+        generate(Workload([warmup], [1]))
+    figures: Figures = {"engine": args.engine, "dtype": dtype_name(config), "device": str(config.device)}
+    figures |= {"num_seqs": n, "shared_prefix_len": length, "suffix_len": SUFFIX_LEN}
+    figures["kvcache_block_size"] = args.kvcache_block_size
+    for name, group in (("distinct", prompts[:n]), ("shared", shared)):
+        run = timed(generate, Workload(group, [1] * n))
+        figures |= {f"{name}_seconds": run["seconds"], f"{name}_tokens_computed": run.get("prefill_tokens", "?")}
+    return figures | {"times_faster": figures["distinct_seconds"] / figures["shared_seconds"]}
+
+
+def control_plane(args: argparse.Namespace) -> Figures:
+    """Microseconds of a decode step's bookkeeping while no sequence finishes, and while one often does."""
+    figures: Figures = {"num_seqs": args.num_seqs, "num_steps": args.num_steps}
+    figures |= {"kvcache_block_size": args.kvcache_block_size, "finish_interval": FINISH_INTERVAL}
+    for load, is_steady in (("steady", True), ("finishing", False)):
+        schedule, build, postprocess = 1e6 * bookkeeping_seconds(args, is_steady).T
+        parts = {"schedule": schedule, "postprocess": postprocess, "these_two": schedule + postprocess}
+        for part, micros in (parts | {"build_tensors": build, "all": schedule + postprocess + build}).items():
+            figures[f"{load}_{part}_us"] = float(np.median(micros))
+            figures[f"{load}_{part}_us_mean"] = float(np.mean(micros))
+    return figures
+
+
+def bookkeeping_seconds(args: argparse.Namespace, is_steady: bool) -> np.ndarray:
+    """[steps, 3] seconds of `schedule`, of building the tensors and of `postprocess`, with made-up tokens."""
+    num_seqs, block_size, rng = args.num_seqs, args.kvcache_block_size, random.Random(args.seed)
+    prompts = make_workload({name: getattr(args, name) for name in LENGTHS}, args.seed).prompts
+    longest = args.num_steps + 2 if is_steady else num_seqs * FINISH_INTERVAL
+    max_blocks = -(-max(args.max_model_len, args.max_input_len + longest) // block_size)
+    scheduler = Scheduler(BlockManager(num_seqs * (max_blocks + 1), block_size), num_seqs, args.max_num_batched_tokens)
+    builder = BatchBuilder(block_size, max_blocks)
+    device = resolve_device(args.device)
+
+    def add(seq_id: int, max_tokens: int) -> None:
+        params = SamplingParams(args.temperature, max_tokens, ignore_eos=True)
+        scheduler.add(Sequence(seq_id, prompts[seq_id % num_seqs], params, rng_key=rng.getrandbits(64)))
+
+    for i in range(num_seqs):
+        add(i, longest if is_steady else (i + 1) * FINISH_INTERVAL)
+    seconds: list[tuple[float, float, float]] = []
+    while len(seconds) < args.num_steps:
+        start = perf_counter()
+        seqs, is_prefill = scheduler.schedule()
+        scheduled = perf_counter()
+        if is_prefill:
+            builder.prefill(seqs)
+        else:
+            to_tensors(builder.decode(seqs), device)
+        built = perf_counter()
+        token_ids = [rng.randint(0, MAX_TOKEN_ID) for _ in seqs]
+        sampled = perf_counter()
+        scheduler.postprocess(seqs, token_ids)
+        if not is_prefill:
+            seconds.append((scheduled - start, built - scheduled, perf_counter() - sampled))
+        for seq in scheduler.finished:  # another one takes its place
+            add(seq.seq_id + num_seqs, longest)
+        scheduler.finished = []
+    return np.array(seconds)
+
+
+def to_tensors(batch: Batch, device: torch.device) -> tuple[Context, list[torch.Tensor | None]]:
+    """A decode batch as the model runner gives it to the model and to the sampler."""
+
+    def tensor(array: np.ndarray | None) -> torch.Tensor | None:
+        return None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
+
+    in_context = {name: tensor(getattr(batch, name)) for name in ("slot_mapping", "context_lens", "block_tables")}
+    context = Context(max_seqlen_q=1, max_seqlen_k=int(batch.context_lens.max()), **in_context)
+    return context, [tensor(array) for array in (batch.input_ids, batch.positions, batch.temperatures, batch.uniforms)]
+
+
+# ---- reports: a label and a template for each line; a line of which a figure is unknown is left out
+
+THROUGHPUT_REPORT = [
+    ("engine", "{engine}, {dtype}, {device}, {threads} threads"),
+    ("model", "{model}, load format {load_format}"),
+    ("workload", "{num_seqs} prompts, inputs {min_input_len}-{max_input_len}, outputs {min_output_len}-"
+                 "{max_output_len}, seed {seed}, temperature {temperature}"),
+    ("prompt tokens", "{prompt_tokens:11,d}"),
+    ("output tokens", "{output_tokens:11,d}"),
+    ("start-up", "{startup_seconds:11,.2f} s"),
+    ("time", "{seconds:11,.2f} s"),
+    ("output", "{output_tokens_per_s:11,.1f} tok/s"),
+    ("total", "{total_tokens_per_s:11,.1f} tok/s"),
+    ("prefill", "{prefill_tokens_per_s:11,.1f} tok/s  ({prefill_seconds:.2f} s, floor {prefill_floor_seconds:.2f} s)"),
+    ("decode", "{decode_tokens_per_s:11,.1f} tok/s  ({decode_seconds:.2f} s, floor {decode_floor_seconds:.2f} s)"),
+    ("peak memory", "{peak_gbytes:11,.2f} GB"),
+    ("matrix product", "{gflops:11,.1f} GFLOP/s"),
+    ("memory", "{gbytes_per_s:11,.1f} GB/s"),
+    ("floor", "{floor_seconds:11,.2f} s"),
+    ("of the floor", "{percent_of_floor:11,.1f} %"),
+]  # fmt: skip
+SHARED_PREFIX_REPORT = [
+    ("engine", "{engine}, {dtype}, {device}"),
+    ("prompts", "{num_seqs} of {shared_prefix_len} + {suffix_len} tokens, blocks of {kvcache_block_size}"),
+    ("nothing shared", "{distinct_seconds:11,.3f} s  ({distinct_tokens_computed} tokens computed)"),
+    ("prefix shared", "{shared_seconds:11,.3f} s  ({shared_tokens_computed} tokens computed)"),
+    ("", "{times_faster:11,.2f} times faster"),
+]
+CONTROL_PLANE_REPORT = [
+    ("load", "{num_seqs} sequences, {num_steps} decode steps, blocks of {kvcache_block_size}"),
+    ("us per step", "    none finishes    one in {finish_interval} steps"),
+    ("", " median     mean   median     mean"),
+]
+for part in ("schedule", "postprocess", "these_two", "build_tensors", "all"):
+    names = [f"{load}_{part}_us{kind}" for load in ("steady", "finishing") for kind in ("", "_mean")]
+    CONTROL_PLANE_REPORT.append((part.replace("_", " "), "  ".join(f"{{{name}:7.0f}}" for name in names)))
+
+
+def show(figures: Figures, report: list[tuple[str, str]]) -> None:
+    for label, template in report:
+        if all(name in figures for _, name, _, _ in string.Formatter().parse(template) if name):
+            print(f"{label:<16}{template.format(**figures)}")
+
+
+# ---- command line
+
+
+def make_parser() -> argparse.ArgumentParser:
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=120)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--json", action="store_true", help="print all figures as one line of JSON instead of a table")
+    group = parser.add_argument_group("what to measure instead of throughput").add_mutually_exclusive_group()
+    group.add_argument("--shared-prefix-len", type=positive, metavar="N", help="prefill with N common tokens")
+    group.add_argument("--control-plane", action="store_true", help="scheduling alone, of classic's prompts")
+    group = parser.add_argument_group("workload (classic on CUDA, small on a CPU)")
+    for name in LENGTHS:
+        text = f"classic {CLASSIC[name]}, small {SMALL[name]}"
+        group.add_argument(flag(name), type=positive, metavar="N", help=text)
+    group.add_argument("--num-steps", type=positive, metavar="N", default=400, help="of --control-plane (%(default)s)")
+    group.add_argument("--seed", type=int, metavar="N", default=0, help="of all that is random (%(default)s)")
+    group.add_argument("--temperature", type=float, metavar="T", default=0.6, help="0 is greedy (%(default)s)")
+    group = parser.add_argument_group("engine")
+    group.add_argument("--engine", choices=ENGINES, default="nanovllm", help="(%(default)s)")
+    group.add_argument("--model", metavar="M", help="a directory or an id of the hub (the shape of Qwen3-0.6B)")
+    group.add_argument("--load-format", choices=("auto", "dummy"), help="dummy: random weights (auto with --model)")
+    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    for name, text in ENGINE_OPTIONS.items():
+        default = CONFIG_DEFAULTS[name]
+        group.add_argument(flag(name), type=type(default), metavar="X", default=default, help=f"{text} (%(default)s)")
+    return parser
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Fills in the defaults that depend on other arguments.
+
+    Raises:
+        ValueError: The arguments contradict each other or ask for what is not there.
+    """
+    if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError("--engine vllm needs the package vllm, which is not installed (pip install vllm)")
+    if args.load_format == "auto" and not args.model:
+        raise ValueError("--load-format auto needs --model")
+    args.load_format = args.load_format or ("auto" if args.model else "dummy")
+    SamplingParams(args.temperature)
+    defaults = CLASSIC if args.control_plane or resolve_device(args.device).type == "cuda" else SMALL
+    if args.shared_prefix_len:
+        defaults = defaults | {"num_seqs": 32}
+    for name, default in defaults.items():
+        setattr(args, name, getattr(args, name) or default)
+    for what in ("input", "output"):
+        low, high = getattr(args, f"min_{what}_len"), getattr(args, f"max_{what}_len")
+        if low > high:
+            raise ValueError(f"--min-{what}-len {low} exceeds --max-{what}-len {high}")
+
+
+def make_config(args: argparse.Namespace, model: str) -> Config:
+    """The engine's settings, checked.
+
+    Raises:
+        TypeError, ValueError: See `Config`; also when the workload's sequences are too long for them.
+    """
+    config = Config(model, **engine_options(args))
+    longest = args.max_input_len + args.max_output_len
+    if args.shared_prefix_len:
+        longest = args.shared_prefix_len + SUFFIX_LEN + 1
+    if longest > config.max_model_len:
+        raise ValueError(f"sequences of {longest} tokens exceed --max-model-len {config.max_model_len}")
+    return config
+
+
+@contextmanager
+def model_directory(model: str | None) -> Iterator[str]:
+    """`model`, or a directory with nothing but the configuration of Qwen3-0.6B."""
+    if model:
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as path:
+        Path(path, "config.json").write_text(json.dumps(QWEN3_0_6B))
+        yield path
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    with model_directory(args.model) as model:
+        try:
+            complete(args)
+            config = None if args.control_plane else make_config(args, model)
+        except (TypeError, ValueError) as error:
+            parser.error(str(error))
+        if args.control_plane:
+            figures, report = control_plane(args), CONTROL_PLANE_REPORT
+        elif args.shared_prefix_len:
+            figures, report = shared_prefix(args, config), SHARED_PREFIX_REPORT
+        else:
+            figures, report = throughput(args, config), THROUGHPUT_REPORT
+    if args.json:
+        print(json.dumps(figures))
+    else:
+        show(figures, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The benchmark's workload and floor are what its text says, and every way to call it works. No timings are tested."""
+
+import json
+import sys
+
+import pytest
+
+from helpers import ROOT, make_config, save_model
+
+sys.path.insert(0, str(ROOT))
+
+import bench
+
+SMALL = ["--num-seqs", "3", "--max-input-len", "40", "--max-output-len", "34", "--max-model-len", "128"]
+PER_ENGINE = ["prompt tokens", "output tokens", "time", "output", "total", "peak memory", "floor", "of the floor"]
+
+
+@pytest.fixture
+def tiny_model(tmp_path, monkeypatch):
+    """Options for a directory with a config.json and nothing else, on a machine whose rates are known."""
+    monkeypatch.setattr(bench, "measure_flop_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr(bench, "measure_bandwidth", lambda device: 1e10)
+    make_config(architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
+    return ["--model", str(tmp_path), "--load-format", "dummy", "--device", "cpu"]
+
+
+def figures_of(capsys, *argv: str) -> dict:
+    bench.main([*argv, "--json"])
+    [line] = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+def test_classic_workload_has_the_published_totals():
+    workload = bench.make_workload(bench.CLASSIC)
+    assert len(workload.prompts) == len(workload.output_lens) == 256
+    assert workload.prompt_tokens == 142_827
+    assert workload.output_tokens == 133_966
+
+
+def test_workload_depends_on_the_seed_alone():
+    assert bench.make_workload(bench.SMALL) == bench.make_workload(bench.SMALL)
+    assert bench.make_workload(bench.SMALL) != bench.make_workload(bench.SMALL, seed=1)
+    assert max(map(max, bench.make_workload(bench.SMALL, vocab_size=307).prompts)) == 306
+
+
+def floor_model():
+    """96 parameters in its layer, 20 in its head, 8 bytes of bf16 cache a token, 16 FLOPs a query and key."""
+    return make_config(
+        num_hidden_layers=1, hidden_size=4, num_attention_heads=2, num_key_value_heads=1, head_dim=2,
+        intermediate_size=3, vocab_size=5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flop_rate", "prefill", "decode"),
+    [
+        (1e3, (2 * 96 * 5 + 2 * 20 * 2 + 16 * (3 * 3 + 2 * 2) / 2) / 1e3, (2 * 116 + 16 * 4 + 2 * 116 + 16 * 5) / 1e3),
+        (1e6, 2 * 116 / 1e3, (2 * 116 + 8 * 4 + 2 * 116 + 8 * 5) / 1e3),
+    ],
+    ids=["arithmetic-bound", "memory-bound"],
+)
+def test_floor_equals_a_computation_by_hand(flop_rate, prefill, decode):
+    workload = bench.Workload([[0] * 3, [0] * 2], [3, 1])
+    floors = bench.floor_seconds(workload, floor_model(), 2, flop_rate, bandwidth=1e3, max_num_seqs=8)
+    assert floors == pytest.approx((prefill, decode))
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 5, 100])
+def test_decode_floor_equals_a_simulation(max_num_seqs):
+    workload = bench.make_workload(bench.SMALL)
+    waiting = [(len(prompt) + 1, n - 1) for prompt, n in zip(workload.prompts, workload.output_lens, strict=True)]
+    running, expected = [], 0.0
+    while waiting or running:
+        while waiting and len(running) < max_num_seqs:
+            running.append(waiting.pop(0))
+        num_keys = sum(keys for keys, _ in running)
+        expected += max((2 * 116 * len(running) + 16 * num_keys) / 1e4, (2 * 116 + 8 * num_keys) / 5e3)
+        running = [(keys + 1, left - 1) for keys, left in running if left > 1]
+    _, decode = bench.floor_seconds(workload, floor_model(), 2, 1e4, 5e3, max_num_seqs)
+    assert decode == pytest.approx(expected)
+
+
+def test_floor_of_single_tokens_has_no_decode():
+    assert bench.floor_seconds(bench.Workload([[0]], [1]), floor_model(), 2, 1e3, 1e3, 8)[1] == 0
+
+
+def test_default_model_has_the_size_of_qwen3_0_6b():
+    model = make_config(**{name: value for name, value in bench.QWEN3_0_6B.items() if name != "model_type"})
+    _, decode = bench.floor_seconds(bench.Workload([[0]], [2]), model, 2, float("inf"), 1.0, 8)
+    assert decode == 2 * 596_048_896 + 2 * 114_688  # all but the final norm, 2 tokens cached
+
+
+def test_table_has_a_line_for_each_figure(tiny_model, capsys):
+    bench.main([*tiny_model, *SMALL])
+    labels = [line[:16].rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert set(PER_ENGINE) < set(labels)
+    assert {"prefill", "decode", "matrix product", "memory"} < set(labels)
+
+
+@pytest.mark.parametrize("engine", ["nanovllm", "transformers"])
+@pytest.mark.parametrize("temperature", ["0", "0.6"])
+def test_engines_do_the_whole_workload(tiny_model, capsys, engine, temperature):
+    figures = figures_of(capsys, *tiny_model, *SMALL, "--engine", engine, "--temperature", temperature)
+    workload = bench.make_workload({name: figures[name] for name in bench.LENGTHS}, vocab_size=307)
+    assert figures["prompt_tokens"] == workload.prompt_tokens
+    assert figures["output_tokens"] == workload.output_tokens
+    assert figures["floor_seconds"] > 0 and figures["percent_of_floor"] > 0
+    if engine == "nanovllm":
+        assert figures["prefill_tokens"] == workload.prompt_tokens
+        assert figures["decode_tokens"] == workload.output_tokens - 3
+
+
+def test_transformers_runs_in_batches_of_max_num_seqs(tiny_model, capsys):
+    figures = figures_of(capsys, *tiny_model, *SMALL, "--engine", "transformers", "--max-num-seqs", "2")
+    assert figures["num_seqs"] == 3
+
+
+def test_real_weights_and_real_rates(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "MEASURING_SECONDS", 0.01)
+    save_model(tmp_path)
+    assert figures_of(capsys, "--model", str(tmp_path), *SMALL, "--device", "cpu")["load_format"] == "auto"
+
+
+def test_shared_prefix_is_computed_once(tiny_model, capsys):
+    argv = ["--shared-prefix-len", "64", "--num-seqs", "5", "--kvcache-block-size", "16", "--num-kvcache-blocks", "64"]
+    figures = figures_of(capsys, *tiny_model, *argv)
+    assert figures["distinct_tokens_computed"] == 5 * (64 + bench.SUFFIX_LEN)
+    assert figures["shared_tokens_computed"] == 64 + 5 * bench.SUFFIX_LEN
+    assert figures["times_faster"] > 0
+
+
+def test_control_plane_needs_no_model(capsys):
+    argv = ["--control-plane", "--num-seqs", "6", "--num-steps", "30", "--kvcache-block-size", "16", "--device", "cpu"]
+    figures = figures_of(capsys, *argv)
+    assert all(figures[f"{load}_all_us"] > figures[f"{load}_schedule_us"] > 0 for load in ("steady", "finishing"))
+    bench.main(argv)
+    labels = [line[:16].rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert labels[-5:] == ["schedule", "postprocess", "these two", "build tensors", "all"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num-seqs", "0"], "positive"),
+        (["--min-input-len", "9", "--max-input-len", "8"], "--min-input-len 9 exceeds --max-input-len 8"),
+        (["--max-input-len", "4000", "--max-output-len", "4000"], "--max-model-len 4096"),
+        (["--temperature", "-1"], "temperature"),
+        (["--dtype", "int3"], "dtype"),
+        (["--model", "no such directory"], "no such directory"),
+        (["--load-format", "auto"], "--model"),
+        (["--engine", "vllm"], "not installed"),
+    ],
+)
+def test_mistakes_are_explained(monkeypatch, capsys, argv, message):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit_info:
+        bench.main([*argv, "--device", "cpu"])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
