@@ -1,7 +1,8 @@
 """nanovllm: offline LLM inference that one person can read in an afternoon."""
 
+from nanovllm.engine.beam_search import BeamSearchParams
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "SamplingParams", "__version__"]

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from nanovllm.layers.attention import BACKENDS
 from nanovllm.layers.rotary_embedding import rope_settings
 from nanovllm.models import MODELS
+from nanovllm.utils.checks import check_bool, check_choice, check_float, check_int
 from nanovllm.utils.device import resolve_device, suitable_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,20 +88,20 @@ class Config:
 
     def _check_ranges(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "kvcache_block_size"):
-            _check_int(name, getattr(self, name), 1)
-        _check_int("tensor_parallel_size", self.tensor_parallel_size, 1, 8)
-        _check_int("seed", self.seed)
-        _check_int("num_kvcache_blocks", self.num_kvcache_blocks, -1)
+            check_int(name, getattr(self, name), 1)
+        check_int("tensor_parallel_size", self.tensor_parallel_size, 1, 8)
+        check_int("seed", self.seed)
+        check_int("num_kvcache_blocks", self.num_kvcache_blocks, -1)
         if self.num_kvcache_blocks == 0:
             raise ValueError("num_kvcache_blocks must be positive, or -1 to fill the memory budget, got 0")
         if self.tensor_parallel_size > 1:
             raise ValueError("tensor_parallel_size > 1 is not implemented yet; use 1")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
+        check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
+        check_bool("enforce_eager", self.enforce_eager)
         dtype = str(self.dtype).removeprefix("torch.")
-        _check_choice("dtype", dtype, ["auto", *DTYPES])
-        _check_choice("attention_backend", self.attention_backend, ["auto", *BACKENDS])
-        _check_choice("load_format", self.load_format, ["auto", "dummy"])
+        check_choice("dtype", dtype, ["auto", *DTYPES])
+        check_choice("attention_backend", self.attention_backend, ["auto", *BACKENDS])
+        check_choice("load_format", self.load_format, ["auto", "dummy"])
 
     def _read_eos(self) -> int | Sequence[int]:
         """The ids in generation_config.json, else in config.json; none is an empty list."""
@@ -171,16 +172,3 @@ def max_position(hf_config: PretrainedConfig) -> int:
     original = settings.get("original_max_position_embeddings")
     scaled = int(original * settings["factor"]) if original and settings.get("factor") else 0
     return max(hf_config.max_position_embeddings, scaled)
-
-
-def _check_int(name: str, value: object, low: int | None = None, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if (low is not None and value < low) or (high is not None and value > high):
-        allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-
-
-def _check_choice(name: str, value: object, choices: list[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")

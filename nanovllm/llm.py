@@ -1,6 +1,15 @@
 """The facade that users import. Conveniences that need no engine state live here."""
 
+import json
+from collections.abc import Sequence
+
+from nanovllm.engine.beam_search import BeamSearchParams, beam_search
+from nanovllm.engine.inputs import Prompt
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.outputs import BeamOutput, RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+Message = dict[str, object]
 
 
 class LLM(LLMEngine):
@@ -10,3 +19,87 @@ class LLM(LLMEngine):
         >>> llm = LLM("assets/nano-qwen3")
         >>> llm.generate(["Hello"], SamplingParams(temperature=0))[0]["text"]
     """
+
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        add_generation_prompt: bool = True,
+        use_tqdm: bool = True,
+        **template_kwargs: object,
+    ) -> list[RequestOutput]:
+        """Answers conversations through the tokenizer's chat template.
+
+        The blocks of earlier turns are found in the prefix cache, so a further turn computes only what is new, and
+        the part of the last block that was not full.
+
+        Args:
+            conversations: One list of messages (`{"role": ..., "content": ...}`), or a list of such lists.
+            sampling_params: As for `generate`.
+            add_generation_prompt: End the prompt with the start of the assistant's turn.
+            use_tqdm: As for `generate`.
+            **template_kwargs: For the template, such as `tools` or `enable_thinking=False`.
+
+        Returns:
+            As `generate`; one output for a single conversation too.
+
+        Raises:
+            TypeError: A conversation is not a list of messages.
+            ValueError: The model has no chat template, or the template refuses the messages; and see `generate`.
+        """
+        self._check_open()
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError(f"{self.config.model_path} has no chat template; use generate with a prompt of your own")
+        if conversations and isinstance(conversations[0], dict):
+            conversations = [conversations]
+        prompts = []
+        for i, messages in enumerate(conversations):
+            if not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+                raise TypeError(f"conversations[{i}] must be a list of messages with a role and a content")
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
+                )
+            except Exception as error:  # whatever the template raises
+                raise ValueError(f"the chat template refuses conversations[{i}]: {error}") from error
+            prompts.append(text)
+        # The template has put in every special token there should be.
+        token_ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
+        return self.generate(token_ids, sampling_params, use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams = BeamSearchParams(),  # noqa: B008 (frozen)
+        use_tqdm: bool = True,
+    ) -> list[BeamOutput]:
+        """The most likely completions, by beam search.
+
+        Hypotheses share the blocks of what they have in common; nothing is computed twice while the cache has room.
+
+        Args:
+            prompts: As for `generate`.
+            params: How to search.
+            use_tqdm: Show a progress bar.
+
+        Returns:
+            For each prompt, in order, its best hypothesis (`text`, `token_ids`, `score`, `finish_reason`) with all
+            `beam_width` of them, best first, under `outputs`.
+
+        Raises:
+            TypeError, ValueError: See `generate`; also when `beam_width` exceeds `max_num_seqs`.
+        """
+        self._check_open()
+        return beam_search(self, prompts, params, use_tqdm)
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends; `SamplingParams()` where it says nothing."""
+        file = self.config.model_path / "generation_config.json"
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        names = {"max_new_tokens": "max_tokens"} | {
+            name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        }
+        params = {ours: stored[theirs] for theirs, ours in names.items() if stored.get(theirs) is not None}
+        if stored.get("do_sample") is False:
+            params["temperature"] = 0.0
+        return SamplingParams(**params)

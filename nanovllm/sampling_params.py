@@ -1,36 +1,147 @@
-"""What a user may ask of one request's sampling. Knows nothing of models or schedules."""
+"""What a user may ask of one request. Knows nothing of models or schedules; names and ranges are vLLM's."""
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
+from typing import TYPE_CHECKING
+
+from nanovllm.utils.checks import check_bool, check_float, check_int
+
+if TYPE_CHECKING:
+    import torch
+
+# Takes the completion's token ids so far and [V] fp32 logits; returns the logits to use.
+LogitsProcessor = Callable[[list[int], "torch.Tensor"], "torch.Tensor"]
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to sample one completion.
+    """How to sample the completions of one prompt.
+
+    The logits are changed in this order: `allowed_token_ids`, `bad_words`, `min_tokens`, `logit_bias`,
+    `logits_processors`, the three penalties, `temperature`, `min_p`, `top_k`, `top_p`. Every filter sees the
+    distribution that the one before has left, renormalised.
 
     Args:
         temperature: Divides the logits before the softmax. 0 takes the most likely token (greedy).
-        max_tokens: Most tokens to generate, at least 1. The model's length ends a completion earlier.
+        max_tokens: Most tokens to generate; None is up to the model's length, which in any case ends a completion.
         ignore_eos: Go on after an end-of-sequence token, for benchmarks.
+        n: Completions of the prompt, each with random draws of its own.
+        top_k: Sample among this many most likely tokens; 0 or -1 among all.
+        top_p: Sample among the fewest most likely tokens whose probabilities reach this sum, in (0, 1].
+        min_p: Sample among the tokens at least this fraction as likely as the most likely one, in [0, 1].
+        presence_penalty: Subtracted from the logit of each token of the completion so far, in [-2, 2].
+        frequency_penalty: The same, times how often the token occurs there, in [-2, 2].
+        repetition_penalty: Divides positive and multiplies negative logits of the tokens in prompt and completion.
+        seed: Of this request's random stream: the same tokens whatever else runs. None: from the engine's seed.
+        stop: Texts that end the completion.
+        stop_token_ids: Tokens that end the completion, beside the end-of-sequence ones.
+        include_stop_str_in_output: Keep the text of what stopped the completion at its end.
+        min_tokens: No end of sequence and no stop before this many tokens.
+        logprobs: Report the log-probability of each token and of this many most likely ones (-1 is all), of the
+            model's own distribution, before anything above changed it. None reports nothing.
+        prompt_logprobs: The same for the tokens of the prompt. The prompt is then computed whole, without the
+            prefix cache.
+        logit_bias: Token id -> what to add to its logit, in [-100, 100].
+        bad_words: Texts that the completion must not contain, as sequences of tokens.
+        allowed_token_ids: Sample only these tokens.
+        skip_special_tokens: Leave special tokens out of `text`; `token_ids` always keep everything.
+        logits_processors: Callables that take the completion's token ids so far and [V] fp32 logits and return
+            logits. The slow path.
 
     Raises:
         TypeError: A value is not of its type.
-        ValueError: A value is out of its range.
+        ValueError: A value is out of its range, or two contradict each other.
     """
 
     temperature: float = 1.0
-    max_tokens: int = 64
+    max_tokens: int | None = 64
     ignore_eos: bool = False
+    n: int = 1
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    skip_special_tokens: bool = True
+    logits_processors: Sequence[LogitsProcessor] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.temperature, bool) or not isinstance(self.temperature, Real):
-            raise TypeError(f"temperature must be a number, got {self.temperature!r}")
-        if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise ValueError(f"temperature must be finite and at least 0 (0 is greedy), got {self.temperature!r}")
-        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, Integral):
-            raise TypeError(f"max_tokens must be an integer, got {self.max_tokens!r}")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens!r}")
-        if not isinstance(self.ignore_eos, bool):
-            raise TypeError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
+        check_int("n", self.n, 1)
+        check_float("temperature", self.temperature, 0)
+        check_int("top_k", self.top_k, -1)
+        check_float("top_p", self.top_p, 0, 1, open_low=True)
+        check_float("min_p", self.min_p, 0, 1)
+        check_float("presence_penalty", self.presence_penalty, -2, 2)
+        check_float("frequency_penalty", self.frequency_penalty, -2, 2)
+        check_float("repetition_penalty", self.repetition_penalty, 0, open_low=True)
+        check_int("min_tokens", self.min_tokens, 0)
+        for name, low in (("max_tokens", 1), ("seed", None), ("logprobs", -1), ("prompt_logprobs", -1)):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), low)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            check_bool(name, getattr(self, name))
+        self._check_collections()
+        self._check_combinations()
+
+    def _check_collections(self) -> None:
+        """Also turns them into tuples and dicts of their own, so that a later change of the caller's does nothing."""
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
+        for name in ("stop", "bad_words"):
+            self._freeze(name, "texts", lambda text: isinstance(text, str))
+            if "" in getattr(self, name):
+                raise ValueError(f"{name} must not contain an empty text")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            self._freeze(name, "token ids", lambda i: isinstance(i, Integral) and not isinstance(i, bool))
+        self._freeze("logits_processors", "callables", callable)
+        bias = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(bias, dict) or not all(isinstance(i, Integral) for i in bias):
+            raise TypeError(f"logit_bias must be a dict of token id -> number, got {bias!r}")
+        for token_id, value in bias.items():
+            check_float(f"logit_bias[{token_id}]", value, -100, 100)
+        object.__setattr__(self, "logit_bias", dict(bias))
+
+    def _freeze(self, name: str, what: str, is_valid: Callable[[object], bool]) -> None:
+        value = getattr(self, name)
+        items = () if value is None else value
+        if isinstance(items, str) or not hasattr(items, "__iter__") or not all(map(is_valid, items)):
+            raise TypeError(f"{name} must be a list of {what}, got {value!r}")
+        if name == "allowed_token_ids" and value is not None and not len(value):
+            raise ValueError("allowed_token_ids must not be empty; leave it None to allow all")
+        object.__setattr__(self, name, tuple(items))
+
+    def _check_combinations(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(f"n={self.n} with temperature=0 would repeat one completion; use n=1 or a temperature")
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether anything but temperature and filters stands between the model's logits and the sample."""
+        return bool(
+            self.allowed_token_ids
+            or self.bad_words
+            or self.min_tokens
+            or self.logit_bias
+            or self.logits_processors
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+        )
+
+    @property
+    def filters(self) -> bool:
+        """Whether the distribution is cut by `top_k`, `top_p` or `min_p`. Greedy needs no cut."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)

@@ -92,7 +92,7 @@ def engine_logits(path, prompts: list[list[int]], dtype: str) -> list[torch.Tens
     captured = []
     with LLM(str(path), kvcache_block_size=BLOCK, num_kvcache_blocks=400, dtype=dtype, device="cpu") as llm:
         forward = llm.model_runner.forward
-        llm.model_runner.forward = lambda batch: captured.append(forward(batch)) or captured[-1]
+        llm.model_runner.forward = lambda *args: captured.append(forward(*args)) or captured[-1]
         for prompt in prompts:
             llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
     return [logits[0].float() for logits in captured]

@@ -3,7 +3,7 @@
 Legend: T tokens in the step, S sequences, B block-table columns.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -24,6 +24,8 @@ class Batch:
     block_tables: np.ndarray | None = None  # [S, B] int32, None for a prefill without any cached prefix
     temperatures: np.ndarray | None = None  # [S] float32, None if all are greedy
     uniforms: np.ndarray | None = None  # [S] float64 in [0, 1), one draw per sequence, None if all are greedy
+    rows_with_options: list[int] = field(default_factory=list)  # sequences that ask for more than a temperature
+    prompt_logprob_rows: np.ndarray | None = None  # tokens of which the next one's log-probability is wanted
 
 
 class BatchBuilder:
@@ -64,6 +66,8 @@ class BatchBuilder:
             cu_seqlens_q=cu_seqlens_q,
             block_tables=block_tables if starts.any() else None,
             **_draw(_random_state(seqs), starts + lens),
+            rows_with_options=_rows_with_options(seqs),
+            prompt_logprob_rows=_prompt_logprob_rows(seqs, rows, positions),
         )
 
     def decode(self, seqs: list[Sequence]) -> Batch:
@@ -74,6 +78,7 @@ class BatchBuilder:
             self._lens = np.array([len(seq) for seq in seqs])
             self._tables = self._block_tables(seqs)
             self._random = _random_state(seqs)
+            self._rows_with_options = _rows_with_options(seqs)
         else:
             self._lens += 1
             for row in np.flatnonzero(self._lens % self.block_size == 1 % self.block_size).tolist():
@@ -88,6 +93,7 @@ class BatchBuilder:
             context_lens=self._lens.astype(np.int32),
             block_tables=self._tables,
             **_draw(self._random, self._lens),
+            rows_with_options=self._rows_with_options,
         )
 
     def _block_tables(self, seqs: list[Sequence]) -> np.ndarray:
@@ -101,6 +107,16 @@ class BatchBuilder:
     def _slots(self, tables: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         blocks, offsets = np.divmod(positions, self.block_size)
         return tables[rows, blocks].astype(np.int64) * self.block_size + offsets
+
+
+def _rows_with_options(seqs: list[Sequence]) -> list[int]:
+    return [row for row, seq in enumerate(seqs) if seq.has_options]
+
+
+def _prompt_logprob_rows(seqs: list[Sequence], rows: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
+    """Those of the T tokens that the next token of a prompt follows, where its log-probability is wanted."""
+    prompt_lens = np.array([seq.num_prompt_tokens if seq.lacks_prompt_logprobs else 0 for seq in seqs])
+    return np.flatnonzero(positions + 1 < prompt_lens[rows]) if prompt_lens.any() else None
 
 
 def _random_state(seqs: list[Sequence]) -> tuple[np.ndarray, np.ndarray] | None:

@@ -44,6 +44,7 @@ class BlockManager:
         self.blocks = [Block(i) for i in range(num_blocks)]
         self.free_ids = OrderedDict.fromkeys(range(num_blocks))  # next to be taken first
         self.cached: dict[int, Block] = {}  # hash -> block with computed content
+        self.copies: list[tuple[int, int]] = []  # (from, to), to be done before the next step in this order
         self._uids = count(ROOT + 1)
 
     @property
@@ -67,6 +68,8 @@ class BlockManager:
         At least the last token is left out: its logits are needed, so it must be computed again.
         """
         hits: list[Block] = []
+        if seq.lacks_prompt_logprobs:
+            return hits
         uid = ROOT
         for k, block_hash in enumerate(self.hashes(seq)[: (len(seq) - 1) // self.block_size]):
             block = self.cached.get(block_hash)
@@ -78,30 +81,56 @@ class BlockManager:
 
     def attach(self, seq: Sequence, hits: list[Block]) -> None:
         """Gives a sequence that holds no blocks the cached prefix that `match` found."""
+        self._share(seq, hits, len(hits) * self.block_size)
+
+    def fork(self, source: Sequence, seq: Sequence, num_tokens: int) -> None:
+        """Lets `seq`, which holds no blocks, share those of the first `num_tokens` tokens of `source`.
+
+        The last of them may be partly filled: whoever writes to it first while it is shared takes a copy.
+        """
+        self._share(seq, [self.blocks[i] for i in source.block_table[: self.num_blocks_for(num_tokens)]], num_tokens)
+
+    def _share(self, seq: Sequence, blocks: list[Block], num_tokens: int) -> None:
         assert not seq.block_table
-        for block in hits:
+        for block in blocks:
             if block.ref_count == 0:
                 del self.free_ids[block.block_id]
             block.ref_count += 1
             seq.block_table.append(block.block_id)
-        seq.num_computed_tokens = seq.num_cached_tokens = len(hits) * self.block_size
+        seq.num_computed_tokens = num_tokens
+        if seq.num_cached_tokens is None:
+            seq.num_cached_tokens = num_tokens
 
     def num_blocks_missing(self, seq: Sequence, num_tokens: int) -> int:
         """How many more blocks `seq` needs to compute its next `num_tokens` tokens."""
-        return self.num_blocks_for(seq.num_computed_tokens + num_tokens) - len(seq.block_table)
+        missing = self.num_blocks_for(seq.num_computed_tokens + num_tokens) - len(seq.block_table)
+        return missing + self._must_copy(seq)
 
     def allocate(self, seq: Sequence, num_tokens: int) -> None:
-        """Extends the block table so that the next `num_tokens` tokens of `seq` have slots."""
+        """Gives the next `num_tokens` tokens of `seq` slots that no other sequence reads."""
+        if self._must_copy(seq):
+            shared = self.blocks[seq.block_table[-1]]
+            shared.ref_count -= 1
+            seq.block_table[-1] = self._take()
+            self.copies.append((shared.block_id, seq.block_table[-1]))
         for _ in range(self.num_blocks_missing(seq, num_tokens)):
-            block_id, _ = self.free_ids.popitem(last=False)
-            block = self.blocks[block_id]
-            assert block.ref_count == 0
-            if block.hash is not None:
-                del self.cached[block.hash]
-                block.hash = None
-            block.uid = ROOT
-            block.ref_count = 1
-            seq.block_table.append(block_id)
+            seq.block_table.append(self._take())
+
+    def _must_copy(self, seq: Sequence) -> bool:
+        """Whether the next token of `seq` goes into a block that others hold too."""
+        return seq.num_computed_tokens % self.block_size > 0 and self.blocks[seq.block_table[-1]].ref_count > 1
+
+    def _take(self) -> int:
+        """A block to be overwritten, the least recently used one that is free."""
+        block_id, _ = self.free_ids.popitem(last=False)
+        block = self.blocks[block_id]
+        assert block.ref_count == 0
+        if block.hash is not None:
+            del self.cached[block.hash]
+            block.hash = None
+        block.uid = ROOT
+        block.ref_count = 1
+        return block_id
 
     def publish(self, seq: Sequence, num_tokens: int) -> None:
         """Enters into the prefix cache the blocks that `seq` has just filled by computing `num_tokens` tokens."""

@@ -1,26 +1,35 @@
 """Requests in, outputs out: owns the tokenizer, the scheduler and the model runner. Knows nothing of tensors."""
 
 import difflib
-import struct
 import warnings
 import weakref
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import fields
 from time import perf_counter
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from xxhash import xxh64_intdigest
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.detokenizer import TextStream, decode
+from nanovllm.engine.inputs import (
+    Prompt,
+    as_list,
+    broadcast,
+    check_params,
+    encode,
+    encode_bad_words,
+    load_tokenizer,
+    sibling_params,
+)
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.outputs import CompletionOutput, RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams
-
-Prompt = str | SequenceOf[int]
 
 
 class LLMEngine:
@@ -39,14 +48,15 @@ class LLMEngine:
     def __init__(self, model: str, **kwargs):
         config = Config(model, **_known_fields(kwargs))
         self.config = config
-        self.tokenizer = _load_tokenizer(config)
+        self.tokenizer = load_tokenizer(config)
         if config.eos is None and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             config.eos_token_ids |= {self.tokenizer.eos_token_id}
         self.model_runner = ModelRunner(config)
         self.block_manager = BlockManager(config.num_kvcache_blocks, config.kvcache_block_size)
         self.scheduler = Scheduler(self.block_manager, config.max_num_seqs, config.max_num_batched_tokens)
-        self._num_requests = 0
-        self._unclaimed: list[Sequence] = []  # finished beside a `generate` that had not asked for them
+        self._num_sequences = 0
+        self._unclaimed: list[Sequence] = []  # finished, and not reported by `step` yet
+        self._texts: dict[int, TextStream] = {}  # of the sequences whose text must be known as it grows, by seq_id
         self._finalizer = weakref.finalize(self, _close, self.__dict__)
 
     def __enter__(self) -> "LLMEngine":
@@ -59,7 +69,7 @@ class LLMEngine:
         """Gives the model's memory back. Idempotent; also happens when the engine is garbage or Python ends."""
         self._finalizer()
 
-    # ---- requests
+    # ---- requests, step by step
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queues one prompt.
@@ -69,14 +79,26 @@ class LLMEngine:
             sampling_params: `SamplingParams()` by default.
 
         Returns:
-            The request's id, by which `step` reports it.
+            The request's id, by which `step` reports it; with `n` above 1 the first of `n` consecutive ones.
 
         Raises:
             TypeError, ValueError: See `generate`.
         """
+        [seqs] = self._enqueue([prompt], sampling_params, is_owned=False)
+        return seqs[0].seq_id
+
+    def abort(self, seq_id: int) -> bool:
+        """Ends a request where it is, with what it has generated and `finish_reason` "abort".
+
+        Returns:
+            Whether it was still unfinished.
+        """
         self._check_open()
-        params = _broadcast(SamplingParams() if sampling_params is None else sampling_params, 1)
-        return self._enqueue(self._encode([prompt])[0], params[0]).seq_id
+        num_finished = len(self.scheduler.finished)
+        self.scheduler.abort({seq_id})
+        was_unfinished = len(self.scheduler.finished) > num_finished
+        self._take_finished()
+        return was_unfinished
 
     def is_finished(self) -> bool:
         """Whether no request is waiting or running, and `step` has nothing left to report."""
@@ -86,141 +108,246 @@ class LLMEngine:
         """Runs one prefill or decode step.
 
         Returns:
-            `(seq_id, completion token ids)` of each request that finished, and how many tokens a prefill step
+            `(seq_id, completion token ids)` of each added request that finished, and how many tokens a prefill step
             computed, or minus how many sequences a decode step advanced.
         """
         self._check_open()
-        finished, num_tokens = self._step()
-        finished, self._unclaimed = self._unclaimed + finished, []
+        num_tokens = self._step()
+        finished, self._unclaimed = self._unclaimed, []
+        for seq in finished:
+            self._texts.pop(seq.seq_id, None)
         return [(seq.seq_id, seq.completion_token_ids) for seq in finished], num_tokens
+
+    # ---- whole calls
 
     def generate(
         self,
         prompts: Prompt | SequenceOf[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] = SamplingParams(),  # noqa: B008 (frozen)
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         use_tqdm: bool = True,
-    ) -> list[dict]:
+    ) -> list[RequestOutput]:
         """Completes prompts. Nothing runs unless all of them are valid.
 
         Args:
             prompts: Texts, lists of token ids, or a mix; a bare string is one prompt.
-            sampling_params: One for all, or one for each prompt.
+            sampling_params: One for all, or one for each prompt; `SamplingParams()` by default.
             use_tqdm: Show a progress bar with prefill and decode tokens per second.
 
         Returns:
-            For each prompt, in order: `text` (without special tokens; empty if the model has no tokenizer),
-            `token_ids` (the completion, with the end-of-sequence token if it was sampled) and `finish_reason`
-            ("stop" at an end-of-sequence token; "length" at `max_tokens`, at the model's length, or when the cache
-            cannot hold the sequence even alone).
+            For each prompt, in order, a dict with at least `text` (empty if the model has no tokenizer), `token_ids`
+            (the completion, with the token that ended it) and `finish_reason`. `nanovllm.outputs` has all fields.
 
         Raises:
             TypeError: A prompt is neither text nor integers, or `sampling_params` is not of its type.
-            ValueError: A prompt is empty, too long for the model or the cache, or has ids outside the vocabulary,
-                or there are more or fewer `sampling_params` than prompts.
+            ValueError: A prompt is empty, too long for the model or the cache, or has ids outside the vocabulary;
+                there are more or fewer `sampling_params` than prompts; or some do not fit the model.
         """
-        self._check_open()
-        prompts = _as_list(prompts)
-        params = _broadcast(sampling_params, len(prompts))
-        encoded = self._encode(prompts)
-        seqs = [self._enqueue(ids, p) for ids, p in zip(encoded, params, strict=True)]
+        requests = self._enqueue(as_list(prompts), sampling_params)
+        seqs = [seq for request in requests for seq in request]
         try:
             self._run(seqs, use_tqdm)
-        except BaseException:  # Ctrl-C too: the engine stays usable
-            self.scheduler.abort({seq.seq_id for seq in seqs})
-            raise
-        return [self._output(seq) for seq in seqs]
+            return [self._request_output(request) for request in requests]
+        finally:  # after an error, Ctrl-C too, nothing of this call stays behind
+            self._drop(seqs)
+
+    def generate_stream(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+    ) -> Iterator[StreamDelta]:
+        """Completes prompts, and yields each piece as it is produced.
+
+        The prompts are checked at once, and run while the iterator is read. The pieces of a completion add up to
+        what `generate` returns. Leaving the iterator frees its sequences.
+
+        Args:
+            prompts: As for `generate`.
+            sampling_params: As for `generate`.
+
+        Yields:
+            Dicts with `index` (of the prompt), `completion` (below `n`), `text` and `token_ids` (what is new; text may
+            lag behind while a character or a stop string is incomplete), and `finish_reason` and `stop_reason`, None
+            until the completion's last piece.
+
+        Raises:
+            TypeError, ValueError: See `generate`.
+        """
+        self._check_open()
+        prompts = as_list(prompts)
+        checked = self._check(prompts, sampling_params, needs_text=True)
+        return self._stream(*checked)
 
     # ---- inside
 
-    def _step(self) -> tuple[list[Sequence], int]:
-        """`step`, with the finished sequences themselves."""
+    def _check(
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
+        needs_text=False,
+    ) -> tuple[list[np.ndarray], list[SamplingParams]]:
+        """Token ids and parameters of each prompt, or an error that says what is wrong."""
+        params = broadcast(sampling_params, len(prompts))
+        check_params(params, self.config, self.tokenizer)
+        if needs_text and self.tokenizer is not None and not self.tokenizer.is_fast:
+            raise ValueError("streaming needs a model with a fast tokenizer (tokenizer.json)")
+        return encode(prompts, self.config, self.tokenizer), params
+
+    def _enqueue(
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
+        is_owned: bool = True,
+    ) -> list[list[Sequence]]:
+        """Queues prompts, all or none; returns the `n` sequences of each."""
+        self._check_open()
+        encoded, params = self._check(prompts, sampling_params)
+        return [self._add(ids, p, is_owned) for ids, p in zip(encoded, params, strict=True)]
+
+    def _add(
+        self, token_ids: np.ndarray, params: SamplingParams, is_owned: bool, streams: bool = False
+    ) -> list[Sequence]:
+        """Makes the `n` sequences of a checked prompt; all but the first share the first's blocks."""
+        seqs: list[Sequence] = []
+        bad_words_ids = encode_bad_words(params, self.tokenizer) if params.bad_words else []
+        for i in range(params.n):
+            # Each completion has a random stream of its own, so what else runs beside it does not change its draws.
+            origin = f"{self.config.seed} {self._num_sequences}" if params.seed is None else f"seed {params.seed} {i}"
+            seq = Sequence(
+                self._num_sequences,
+                token_ids.tolist(),
+                sibling_params(params) if i else params,
+                self.config.eos_token_ids,
+                self.config.max_model_len,
+                xxh64_intdigest(origin.encode()),
+                seqs[0] if i else None,
+            )
+            seq.bad_words_ids, seq.is_owned = bad_words_ids, is_owned
+            if params.stop or (streams and self.tokenizer is not None):
+                self._texts[seq.seq_id] = TextStream(self.tokenizer, seq)
+            self._num_sequences += 1
+            self.scheduler.add(seq)
+            seqs.append(seq)
+        return seqs
+
+    def _step(self) -> int:
+        """One step; returns its tokens as `step` does."""
         scheduler = self.scheduler
         seqs, is_prefill = scheduler.schedule()
         num_tokens = sum(seq.num_scheduled_tokens for seq in seqs) if is_prefill else -len(seqs)
         if seqs:
             try:
+                if self.block_manager.copies:
+                    self.model_runner.copy_blocks(self.block_manager.copies)
+                    self.block_manager.copies = []
                 token_ids = self.model_runner.run(seqs, is_prefill)
             except BaseException:
                 scheduler.requeue(seqs)
                 raise
             scheduler.postprocess(seqs, token_ids)
-        finished, scheduler.finished = scheduler.finished, []
-        return finished, num_tokens
+            if self._texts:
+                self._read_texts(seqs)
+        self._take_finished()
+        return num_tokens
+
+    def _read_texts(self, seqs: list[Sequence]) -> None:
+        """Ends the sequences whose text has reached a stop string."""
+        for seq in seqs:
+            stop = self._texts[seq.seq_id].feed() if seq.seq_id in self._texts else None
+            if stop is not None:
+                self.scheduler.abort({seq.seq_id}, "stop")
+                seq.finish_reason, seq.stop_reason = "stop", stop  # also where a length ended it in the same step
+
+    def _take_finished(self) -> None:
+        self._unclaimed += [seq for seq in self.scheduler.finished if not seq.is_owned]
+        self.scheduler.finished = []
 
     def _run(self, seqs: list[Sequence], use_tqdm: bool) -> None:
         """Steps until `seqs` are finished."""
-        pending = {seq.seq_id for seq in seqs}
         tokens, seconds = {True: 0, False: 0}, {True: 0.0, False: 0.0}  # by whether it is prefill
         with tqdm(total=len(seqs), desc="Generating", unit="prompt", disable=not use_tqdm) as progress:
-            while pending:
+            unfinished = seqs
+            while unfinished:
                 start = perf_counter()
-                finished, num_tokens = self._step()
+                num_tokens = self._step()
                 tokens[num_tokens > 0] += abs(num_tokens)
                 seconds[num_tokens > 0] += perf_counter() - start
-                for seq in finished:
-                    if seq.seq_id in pending:
-                        pending.remove(seq.seq_id)
-                        progress.update()
-                    else:
-                        self._unclaimed.append(seq)
+                unfinished = [seq for seq in unfinished if seq.status is not SequenceStatus.FINISHED]
                 if use_tqdm:
+                    progress.update(len(seqs) - len(unfinished) - progress.n)
                     rates = {is_prefill: tokens[is_prefill] / max(seconds[is_prefill], 1e-9) for is_prefill in tokens}
                     progress.set_postfix_str(f"prefill {rates[True]:.0f} tok/s, decode {rates[False]:.0f} tok/s", False)
 
-    def _encode(self, prompts: list[Prompt]) -> list[np.ndarray]:
-        """Token ids of each prompt, checked. All texts are tokenized in one call, which runs in parallel."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if texts and self.tokenizer is None:
-            raise ValueError(f"{self.config.model_path} has no tokenizer; pass token ids instead of text")
-        tokenized = iter(self.tokenizer(texts)["input_ids"] if texts else ())
-        encoded = []
-        for i, prompt in enumerate(prompts):
-            ids = next(tokenized) if isinstance(prompt, str) else prompt
-            encoded.append(self._check_prompt(ids, f"prompts[{i}]"))
-        return encoded
-
-    def _check_prompt(self, ids: SequenceOf[int], name: str) -> np.ndarray:
-        """`ids` as int32, or an error that says what is wrong with them."""
+    def _stream(self, encoded: list[np.ndarray], params: list[SamplingParams]) -> Iterator[StreamDelta]:
+        self._check_open()
+        seqs = {}  # -> index of the prompt, of the completion, number of tokens yielded
+        for index, (ids, p) in enumerate(zip(encoded, params, strict=True)):
+            seqs |= {seq: [index, i, 0] for i, seq in enumerate(self._add(ids, p, is_owned=True, streams=True))}
+        unfinished = list(seqs)
         try:
-            array = np.asarray(ids)
-        except ValueError:  # ragged
-            array = np.empty((0, 0))
-        if array.size == 0 and array.ndim == 1:
-            raise ValueError(f"{name} is empty: give it at least one token")
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise TypeError(f"{name} must be a string or a list of token ids, got {_shorten(ids)}")
-        config = self.config
-        vocab_size = config.hf_config.vocab_size
-        outside = array[(array < 0) | (array >= vocab_size)]
-        if outside.size:
-            raise ValueError(f"{name} has the token id {outside[0]}, outside the vocabulary of {vocab_size}")
-        if array.size >= config.max_model_len:
-            raise ValueError(
-                f"{name} has {array.size} tokens and leaves no room to generate within max_model_len="
-                f"{config.max_model_len}: shorten it, or raise max_model_len if the model supports more"
-            )
-        capacity = config.num_kvcache_blocks * config.kvcache_block_size
-        if array.size > capacity:
-            raise ValueError(
-                f"{name} has {array.size} tokens, the KV cache holds {capacity}: shorten it or raise num_kvcache_blocks"
-            )
-        return array.astype(np.int32)
+            while unfinished:
+                self._step()
+                for seq in unfinished:
+                    is_last = seq.status is SequenceStatus.FINISHED
+                    index, completion, num_yielded = seqs[seq]
+                    token_ids = seq.token_ids[seq.num_prompt_tokens + num_yielded :].tolist()
+                    if token_ids or is_last:
+                        seqs[seq][2] += len(token_ids)
+                        text = self._texts[seq.seq_id] if self.tokenizer is not None else None
+                        if text is not None and is_last:
+                            text.feed()
+                            text.finish()
+                        yield StreamDelta(
+                            index=index,
+                            completion=completion,
+                            text="" if text is None else text.take_delta(),
+                            token_ids=token_ids,
+                            finish_reason=seq.finish_reason,
+                            stop_reason=seq.stop_reason,
+                        )
+                unfinished = [
+                    seq
+                    for seq in unfinished
+                    if seqs[seq][2] < seq.num_completion_tokens or seq.status is not SequenceStatus.FINISHED
+                ]
+        finally:
+            self._drop(list(seqs))
 
-    def _enqueue(self, token_ids: np.ndarray, params: SamplingParams) -> Sequence:
-        config = self.config
-        # Each request has a random stream of its own, so what else runs beside it does not change its draws.
-        rng_key = xxh64_intdigest(struct.pack("<qq", config.seed, self._num_requests))
-        seq = Sequence(
-            self._num_requests, token_ids.tolist(), params, config.eos_token_ids, config.max_model_len, rng_key
-        )
-        self._num_requests += 1
-        self.scheduler.add(seq)
-        return seq
+    def _drop(self, seqs: list[Sequence]) -> None:
+        """Ends what is unfinished of a call's sequences, and forgets them."""
+        if self._finalizer.alive and any(seq.status is not SequenceStatus.FINISHED for seq in seqs):
+            self.scheduler.abort({seq.seq_id for seq in seqs})
+            self._take_finished()
+        for seq in seqs:
+            self._texts.pop(seq.seq_id, None)
 
-    def _output(self, seq: Sequence) -> dict:
-        token_ids = seq.completion_token_ids
-        text = "" if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return {"text": text, "token_ids": token_ids, "finish_reason": seq.finish_reason}
+    def _request_output(self, seqs: list[Sequence]) -> RequestOutput:
+        completions = [self._completion_output(seq) for seq in seqs]
+        first = seqs[0]
+        output: RequestOutput = {
+            **completions[0],
+            "prompt_logprobs": None if first.params.prompt_logprobs is None else first.prompt_logprobs,
+            "num_cached_tokens": first.num_cached_tokens or 0,
+        }
+        if len(seqs) > 1:
+            output["outputs"] = completions
+        return output
+
+    def _completion_output(self, seq: Sequence) -> CompletionOutput:
+        text = ""
+        if seq.seq_id in self._texts:
+            self._texts[seq.seq_id].finish()
+            text = self._texts[seq.seq_id].text
+        elif self.tokenizer is not None:
+            text = decode(self.tokenizer, seq)
+        logprobs = None if seq.params.logprobs is None else seq.logprobs[: seq.num_completion_tokens]
+        return {
+            "text": text,
+            "token_ids": seq.completion_token_ids,
+            "finish_reason": seq.finish_reason,
+            "stop_reason": seq.stop_reason,
+            "logprobs": logprobs,
+            "cumulative_logprob": None if logprobs is None else sum(entry["logprob"] for entry in logprobs),
+        }
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:
@@ -239,39 +366,3 @@ def _known_fields(kwargs: dict) -> dict:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         warnings.warn(f"LLM ignores the unknown setting {name!r}; the nearest is {nearest[0]!r}", stacklevel=3)
     return {name: value for name, value in kwargs.items() if name in known}
-
-
-def _load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer, or None if it has none (such a model takes and gives token ids)."""
-    path = config.model_path
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise ValueError(f"the tokenizer files in {path} could not be read: {error}") from error
-
-
-def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, (SequenceOf, np.ndarray)):
-        raise TypeError(f"prompts must be a list of strings or of token-id lists, got {_shorten(prompts)}")
-    if len(prompts) and isinstance(prompts[0], (int, np.integer)):
-        raise TypeError("prompts must be a list of prompts; for one prompt of token ids pass [token_ids]")
-    return list(prompts)
-
-
-def _broadcast(params: SamplingParams | SequenceOf[SamplingParams], n: int) -> list[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * n
-    if not isinstance(params, SequenceOf) or not all(isinstance(p, SamplingParams) for p in params):
-        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {_shorten(params)}")
-    if len(params) != n:
-        raise ValueError(f"sampling_params has {len(params)} entries for {n} prompts; give one for all or one for each")
-    return list(params)
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

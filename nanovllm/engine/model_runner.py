@@ -4,20 +4,26 @@ Legend: S sequences.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.batch import Batch, BatchBuilder
+from nanovllm.engine.sampling import sample_with_options
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.attention import Attention, choose_backend
+from nanovllm.layers.logits_processor import token_logprobs
 from nanovllm.layers.sampler import sample
 from nanovllm.models import MODELS
 from nanovllm.utils.context import Context, reset_context, set_context
 from nanovllm.utils.device import GIB, available_memory, default_cache_bytes
 from nanovllm.utils.loader import load_dummy, load_model
 from nanovllm.utils.parallel import TensorParallel
+
+LOGPROB_ROWS = 128  # of prompt tokens at a time, whose logits over the vocabulary are in memory together
 
 
 class ModelRunner:
@@ -44,21 +50,48 @@ class ModelRunner:
     def run(self, seqs: list[Sequence], is_prefill: bool) -> list[int]:
         """Computes the scheduled tokens of each sequence and samples the one after them.
 
+        Log-probabilities, where asked for, are added to the sequences.
+
         Returns:
             S token ids. Those of sequences whose prompt is not complete yet mean nothing.
         """
         batch = self.batch_builder.prefill(seqs) if is_prefill else self.batch_builder.decode(seqs)
-        logits = self.forward(batch)
-        return sample(logits, self._tensor(batch.temperatures), self._tensor(batch.uniforms)).tolist()
+        logits = self.forward(batch, partial(_score_prompts, seqs, batch))
+        temperatures, uniforms = self._tensor(batch.temperatures), self._tensor(batch.uniforms)
+        if batch.rows_with_options:
+            with_options = [(row, seqs[row]) for row in batch.rows_with_options]
+            return sample_with_options(logits, temperatures, uniforms, with_options)
+        return sample(logits, temperatures, uniforms).tolist()
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """[S, vocabulary] logits of the last scheduled token of each sequence; fills the cache."""
+    def forward(
+        self, batch: Batch, score_prompts: Callable[[np.ndarray, torch.Tensor], None] | None = None
+    ) -> torch.Tensor:
+        """Fills the cache.
+
+        Args:
+            batch: The step's work.
+            score_prompts: Called with some of `batch.prompt_logprob_rows` and their logits until all are done.
+
+        Returns:
+            [S, vocabulary] logits of the last scheduled token of each sequence.
+        """
         set_context(self._context(batch))
         try:
             hidden_states = self.model(self._tensor(batch.input_ids), self._tensor(batch.positions))
+            if batch.prompt_logprob_rows is not None:
+                for rows in np.split(batch.prompt_logprob_rows, range(LOGPROB_ROWS, len(hidden_states), LOGPROB_ROWS)):
+                    score_prompts(rows, self.model.lm_head.project(hidden_states[self._tensor(rows)]))
             return self.model.compute_logits(hidden_states)
         finally:
             reset_context()
+
+    @torch.inference_mode()
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copies whole blocks of the cache, `(from, to)`, in order."""
+        for layer in self.attentions:
+            for source, target in copies:
+                layer.k_cache[target] = layer.k_cache[source]
+                layer.v_cache[target] = layer.v_cache[source]
 
     def _build_model(self, tp: TensorParallel) -> torch.nn.Module:
         config = self.config
@@ -133,3 +166,14 @@ class ModelRunner:
 
     def _tensor(self, array: np.ndarray | None) -> torch.Tensor | None:
         return None if array is None else torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def _score_prompts(seqs: list[Sequence], batch: Batch, rows: np.ndarray, logits: torch.Tensor) -> None:
+    """Adds to each sequence the log-probabilities of the prompt tokens after `rows` (of the T in the step)."""
+    owners = np.searchsorted(batch.cu_seqlens_q, rows, side="right") - 1
+    for owner in np.unique(owners).tolist():
+        seq, mine = seqs[owner], np.flatnonzero(owners == owner)
+        start = int(batch.positions[rows[mine[0]]]) + 1
+        del seq.prompt_logprobs[start:]  # of an attempt that was preempted
+        tokens = seq.token_ids[start : start + len(mine)].tolist()
+        seq.prompt_logprobs += token_logprobs(logits[mine.tolist()], tokens, seq.params.prompt_logprobs)

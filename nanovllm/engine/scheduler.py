@@ -26,11 +26,13 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.held: list[Sequence] = []  # finished, but keeping their blocks for others to fork from
         self.finished: list[Sequence] = []  # since the owner last took them away
         self.num_preemptions = 0
         # The share of `max_tokens` that finished requests used: how long the running ones are expected to go on.
         self.output_ratio = 1.0
         self._admission_failed = False  # nothing was released since the head of `waiting` did not fit
+        self._forked: list[Sequence] = []  # running ones that may share the block which they write to next
 
     def is_finished(self) -> bool:
         return not self.waiting and not self.running
@@ -46,6 +48,9 @@ class Scheduler:
             is left to run, which also happens when the last sequence has outgrown the cache (see `finished`).
         """
         seqs = self._schedule_prefill() if self.waiting and not self._admission_failed else []
+        while self.waiting and self.held and not seqs and not self.running:  # those that keep blocks are in the way
+            self.drop_held(self.held[-1:])
+            seqs = self._schedule_prefill()
         if seqs:
             return seqs, True
         return self._schedule_decode(), False
@@ -68,6 +73,7 @@ class Scheduler:
                 continue
             seq.token_ids.append(token_id)
             if token_id in seq.stop_token_ids:
+                seq.stop_reason = token_id if token_id in seq.params.stop_token_ids else None
                 self._finish(seq, "stop")
                 any_finished = True
             elif num_computed + 1 >= seq.max_len:
@@ -84,16 +90,35 @@ class Scheduler:
             else:
                 self.waiting.remove(seq)
             self._release(seq)
-            self.waiting.appendleft(seq)
+            # Behind a prompt of which some chunks are computed, which stays the head.
+            self.waiting.insert(1 if self.waiting and self.waiting[0].block_table else 0, seq)
 
-    def abort(self, seq_ids: set[int]) -> None:
-        """Drops unfinished sequences."""
+    def abort(self, seq_ids: set[int], reason: str = "abort") -> None:
+        """Ends unfinished sequences where they are; they appear in `finished`."""
         for seq in [*self.waiting, *self.running]:
             if seq.seq_id in seq_ids:
-                self._release(seq)
-                seq.status = SequenceStatus.FINISHED
+                self._finish(seq, reason)
         self.waiting = deque(seq for seq in self.waiting if seq.status is SequenceStatus.WAITING)
         self.running = [seq for seq in self.running if seq.status is SequenceStatus.RUNNING]
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Adds `child`, which is what `parent` has in the cache and one token more, without recomputing it."""
+        if parent.block_table and len(self.running) < self.max_num_seqs:
+            self.block_manager.fork(parent, child, parent.num_computed_tokens)
+            assert child.num_computed_tokens == len(child) - 1
+            child.status = SequenceStatus.RUNNING
+            self.running.append(child)
+            self._forked.append(child)
+        else:  # the parent had to give its blocks back: what the prefix cache does not have is computed again
+            self.waiting.append(child)
+
+    def drop_held(self, seqs: list[Sequence]) -> None:
+        """Frees the blocks of finished sequences that kept them."""
+        for seq in seqs:
+            if seq in self.held:
+                self.held.remove(seq)
+                self._release(seq)
+                seq.status = SequenceStatus.FINISHED
 
     # ---- prefill
 
@@ -109,16 +134,12 @@ class Scheduler:
                 self._finish(self.waiting.popleft(), "length")
                 continue
             if not seq.block_table:
-                hits = manager.match(seq)
-                reusable = manager.hashes(seq)[: (len(seq) - 1) // manager.block_size]
-                if len(hits) < len(reusable) and reusable[len(hits)] in being_computed:
-                    # Its next block is somebody else's work in this very step: one step later it is a hit.
+                if self._waits_for_others(seq, seqs, being_computed):
                     deferred.append(self.waiting.popleft())
                     continue
-                if not self._admits(seq, hits):
+                if not self._attach_prefix(seq):
                     self._admission_failed = True
                     break
-                manager.attach(seq, hits)
             num_tokens = min(budget, len(seq) - seq.num_computed_tokens)
             if manager.num_blocks_missing(seq, num_tokens) > manager.num_free_blocks:
                 self._admission_failed = True
@@ -138,6 +159,30 @@ class Scheduler:
         chunked = [self.waiting.popleft()] if self.waiting and self.waiting[0].block_table else []
         self.waiting.extendleft(reversed(chunked + deferred))
         return seqs
+
+    def _waits_for_others(self, seq: Sequence, seqs: list[Sequence], being_computed: set[int]) -> bool:
+        """Whether what `seq` needs next is somebody else's work in this very step: one step later it is a hit."""
+        if seq.source is not None and seq.source in seqs:
+            return True
+        num_hits = len(self.block_manager.match(seq))
+        reusable = self.block_manager.hashes(seq)[: (len(seq) - 1) // self.block_manager.block_size]
+        return not seq.lacks_prompt_logprobs and num_hits < len(reusable) and reusable[num_hits] in being_computed
+
+    def _attach_prefix(self, seq: Sequence) -> bool:
+        """Gives `seq` what is computed of it already, if the cache will hold the rest of it too."""
+        manager, source = self.block_manager, seq.source
+        if source is not None and source.status is SequenceStatus.RUNNING and not seq.num_completion_tokens:
+            shared = seq.num_prompt_tokens - 1  # of the last token it needs the logits
+            hits = [manager.blocks[i] for i in source.block_table[: manager.num_blocks_for(shared)]]
+            if not self._admits(seq, hits) or not manager.num_free_blocks:
+                return False
+            manager.fork(source, seq, shared)
+            return True
+        hits = manager.match(seq)
+        if not self._admits(seq, hits):
+            return False
+        manager.attach(seq, hits)
+        return True
 
     def _admits(self, seq: Sequence, hits: list[Block]) -> bool:
         """Whether the cache will probably hold `seq` beside the running sequences until they finish.
@@ -168,8 +213,9 @@ class Scheduler:
         manager = self.block_manager
         block_size = manager.block_size
         growing = [seq for seq in self.running if len(seq.token_ids) > len(seq.block_table) * block_size]
-        for seq in growing:  # oldest first
-            while seq.status is SequenceStatus.RUNNING and not manager.num_free_blocks:
+        forked, self._forked = self._forked, []
+        for seq in growing + forked:  # oldest first
+            while seq.status is SequenceStatus.RUNNING and manager.num_blocks_missing(seq, 1) > manager.num_free_blocks:
                 self._preempt_newest()
             if seq.status is SequenceStatus.RUNNING:
                 manager.allocate(seq, 1)
@@ -181,6 +227,8 @@ class Scheduler:
         """Makes room. A request that cannot go on even alone ends with what it has."""
         if self.waiting and self.waiting[0].block_table:
             self._release(self.waiting[0])
+        elif self.held:
+            self.drop_held(self.held[-1:])
         elif len(self.running) == 1:
             self._finish(self.running.pop(), "length")
         else:
@@ -196,10 +244,13 @@ class Scheduler:
         self._admission_failed = False
 
     def _finish(self, seq: Sequence, reason: str) -> None:
-        self._release(seq)
+        if seq.keeps_blocks and seq.block_table:
+            self.held.append(seq)
+        else:
+            self._release(seq)
+        if reason != "abort" and not seq.keeps_blocks:
+            used = seq.num_completion_tokens / (seq.max_len - seq.num_prompt_tokens)
+            self.output_ratio += 0.1 * (used - self.output_ratio)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
         self.finished.append(seq)
-        num_prompt = seq.num_prompt_tokens
-        used = (len(seq) - num_prompt) / (seq.max_len - num_prompt)
-        self.output_ratio += 0.1 * (used - self.output_ratio)

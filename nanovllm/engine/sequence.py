@@ -23,16 +23,18 @@ class Sequence:
     Args:
         seq_id: Unique within the engine.
         token_ids: The prompt.
-        params: Only `temperature` is read later, by the sampler.
-        stop_token_ids: Tokens that end the completion (empty with `ignore_eos`).
+        params: What the user asked for.
+        eos_token_ids: Tokens that end the completion unless `ignore_eos`.
         max_len: Most tokens, prompt included, that the sequence may grow to.
         rng_key: 64-bit key of the request's own random stream.
+        source: A sequence of the same prompt whose blocks this one may share once they are computed.
     """
 
     __slots__ = (
-        "seq_id", "token_ids", "num_prompt_tokens", "temperature", "stop_token_ids", "max_len", "rng_key",
-        "status", "finish_reason", "block_table", "block_hashes",
-        "num_computed_tokens", "num_scheduled_tokens", "num_cached_tokens",
+        "seq_id", "token_ids", "num_prompt_tokens", "params", "temperature", "stop_token_ids", "max_len", "rng_key",
+        "source", "bad_words_ids", "has_options", "status", "finish_reason", "stop_reason",
+        "block_table", "block_hashes", "keeps_blocks",
+        "num_computed_tokens", "num_scheduled_tokens", "num_cached_tokens", "logprobs", "prompt_logprobs", "is_owned",
     )  # fmt: skip
 
     def __init__(
@@ -40,24 +42,36 @@ class Sequence:
         seq_id: int,
         token_ids: Iterable[int],
         params: SamplingParams,
-        stop_token_ids: frozenset[int] = frozenset(),
+        eos_token_ids: frozenset[int] = frozenset(),
         max_len: int = 2**31 - 1,
         rng_key: int = 0,
+        source: "Sequence | None" = None,
     ):
         self.seq_id = seq_id
         self.token_ids = array("i", token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.params = params
         self.temperature = float(params.temperature)
-        self.stop_token_ids = frozenset() if params.ignore_eos else stop_token_ids
-        self.max_len = min(self.num_prompt_tokens + params.max_tokens, max_len)
+        self.stop_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
+        self.max_len = (
+            max_len if params.max_tokens is None else min(self.num_prompt_tokens + params.max_tokens, max_len)
+        )
         self.rng_key = rng_key
+        self.source = source
+        self.bad_words_ids: list[list[int]] = []
+        self.has_options = params.edits_logits or params.filters or params.logprobs is not None
         self.status = SequenceStatus.WAITING
         self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []  # of the full blocks so far, extended when the block manager needs them
+        self.keeps_blocks = False  # when it finishes, for others to fork from
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0  # to be computed in the step that is being run
-        self.num_cached_tokens = 0  # of the last admission, those that the prefix cache had
+        self.num_cached_tokens: int | None = None  # those that the cache had when it was first admitted
+        self.logprobs: list[dict] = []  # of the completion's tokens, if asked for
+        self.prompt_logprobs: list[dict | None] = [None]  # of the prompt's, if asked for; the first has none
+        self.is_owned = False  # by a call that watches it; else `step` reports its end
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -66,5 +80,14 @@ class Sequence:
         return f"Sequence({self.seq_id}, {self.status.name}, {self.num_computed_tokens}/{len(self)} tokens)"
 
     @property
+    def num_completion_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
     def completion_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :].tolist()
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether the prompt must be computed whole, because the log-probabilities of its tokens are wanted."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens

@@ -45,5 +45,9 @@ class ParallelLMHead(VocabParallelEmbedding):
         context = get_context()
         if context.is_prefill:
             hidden_states = hidden_states[context.cu_seqlens_q[1:] - 1]
+        return self.project(hidden_states)
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """[n, hidden_size] -> [n, vocab_size] on rank 0, None on the others."""
         logits = self.tp.gather_columns(F.linear(hidden_states, self.weight))
         return None if logits is None else logits[:, : self.vocab_size]

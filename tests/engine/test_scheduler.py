@@ -44,12 +44,38 @@ class Engine:
         self.requests: dict[int, tuple[Sequence, list[int]]] = {}
         self.num_steps = self.next_id = 0
 
-    def add(self, prompt: list[int], max_tokens: int) -> None:
+    def add(self, prompt: list[int], max_tokens: int, copies: int = 1, is_beam: bool = False) -> None:
+        """Copies may share the blocks of the first; a "beam" is forked into two sequences when it finishes."""
         params = SamplingParams(max_tokens=max_tokens)
-        seq = Sequence(self.next_id, prompt, params, frozenset([EOS]), MAX_MODEL_LEN)
-        self.next_id += 1
-        self.requests[seq.seq_id] = seq, complete(prompt, max_tokens)
-        self.scheduler.add(seq)
+        source = None
+        for _ in range(copies):
+            seq = Sequence(self.next_id, prompt, params, frozenset([EOS]), MAX_MODEL_LEN, source=source)
+            seq.keeps_blocks = is_beam
+            self.next_id += 1
+            self.requests[seq.seq_id] = seq, complete(prompt, max_tokens)
+            self.scheduler.add(seq)
+            source = source or seq
+
+    def fork(self, parent: Sequence) -> None:
+        for token_id in (1, 2):
+            prompt = [*parent.token_ids[: parent.num_computed_tokens], token_id]
+            if parent.block_table and len(prompt) < min(MAX_MODEL_LEN, self.capacity):
+                child = Sequence(self.next_id, prompt, SamplingParams(max_tokens=9), frozenset([EOS]), MAX_MODEL_LEN)
+                self.next_id += 1
+                self.requests[child.seq_id] = child, complete(prompt, 9)
+                self.scheduler.fork(parent, child)
+        self.scheduler.drop_held([parent])
+
+    @property
+    def capacity(self) -> int:
+        return len(self.manager.blocks) * self.manager.block_size
+
+    def copy_blocks(self) -> None:
+        size = self.manager.block_size
+        for source, target in self.manager.copies:
+            for offset in range(size):
+                self.slots[target * size + offset] = self.slots.get(source * size + offset, ())
+        self.manager.copies.clear()
 
     def slot(self, seq: Sequence, position: int) -> int:
         size = self.manager.block_size
@@ -66,6 +92,7 @@ class Engine:
             self.scheduler.requeue(seqs)
             self.check_invariants()
             return
+        self.copy_blocks()
         written = []
         for seq in seqs:
             tokens = tuple(seq.token_ids)
@@ -101,7 +128,7 @@ class Engine:
 
     def check_invariants(self) -> None:
         manager, scheduler = self.manager, self.scheduler
-        live = [*scheduler.waiting, *scheduler.running]
+        live = [*scheduler.waiting, *scheduler.running, *scheduler.held]
         held = Counter(block_id for seq in live for block_id in seq.block_table)
         for block in manager.blocks:
             assert block.ref_count == held[block.block_id]
@@ -116,14 +143,18 @@ class Engine:
     def collect(self) -> None:
         """Checks the requests that finished."""
         for seq in self.scheduler.finished:
+            if seq.finish_reason == "abort":
+                continue
             _, expected = self.requests.pop(seq.seq_id)
             got = seq.completion_token_ids
             assert got == expected[: len(got)]
             if got != expected:  # only a sequence that fills the whole cache may end early
                 assert seq.finish_reason == "length"
-                assert len(seq) > len(self.manager.blocks) * self.manager.block_size
+                assert len(seq) > self.capacity
             elif got[-1] == EOS:
                 assert seq.finish_reason == "stop"
+            if seq.keeps_blocks:
+                self.fork(seq)
         self.scheduler.finished = []
 
     def drain(self) -> None:
@@ -149,14 +180,12 @@ class History(RuleBasedStateMachine):
         if not foresight:
             self.engine.scheduler.output_ratio = 0.0
 
-    @rule(data=st.data(), copies=st.integers(1, 3), max_tokens=st.integers(1, 30))
-    def add(self, data, copies, max_tokens):
+    @rule(data=st.data(), copies=st.integers(1, 3), max_tokens=st.integers(1, 30), is_beam=st.booleans())
+    def add(self, data, copies, max_tokens, is_beam):
         """Prompts over two tokens, so that prefixes are shared all the time."""
-        manager = self.engine.manager
-        longest = min(MAX_MODEL_LEN - 1, len(manager.blocks) * manager.block_size)
+        longest = min(MAX_MODEL_LEN - 1, self.engine.capacity)
         prompt = data.draw(st.lists(st.integers(1, 2), min_size=1, max_size=longest))
-        for _ in range(copies):
-            self.engine.add(prompt, max_tokens)
+        self.engine.add(prompt, max_tokens, copies, is_beam)
 
     @rule(times=st.integers(1, 12))
     def step(self, times):
@@ -175,7 +204,8 @@ class History(RuleBasedStateMachine):
         seq_id = data.draw(st.sampled_from(sorted(self.engine.requests)))
         seq, _ = self.engine.requests.pop(seq_id)
         self.engine.scheduler.abort({seq_id})
-        assert seq.status is SequenceStatus.FINISHED
+        assert seq.status is SequenceStatus.FINISHED and seq in self.engine.scheduler.finished
+        self.engine.scheduler.drop_held([seq])
         self.engine.check_invariants()
 
     def teardown(self):

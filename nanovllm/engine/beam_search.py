@@ -1,0 +1,174 @@
+"""Beam search on top of the scheduler: hypotheses are sequences of one step each, forked from their parents' blocks."""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from nanovllm.engine.inputs import Prompt, as_list, encode
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.outputs import BeamHypothesis, BeamOutput
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.checks import check_bool, check_float, check_int
+
+if TYPE_CHECKING:
+    from nanovllm.engine.llm_engine import LLMEngine
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSearchParams:
+    """How to search; the rules are those of transformers' beam search.
+
+    Args:
+        beam_width: Hypotheses kept at each length, and returned.
+        max_tokens: Most tokens of a hypothesis; the model's length ends it earlier.
+        length_penalty: A hypothesis' score is the sum of its log-probabilities divided by its length to this power.
+        early_stopping: Stop as soon as there are `beam_width` finished hypotheses. Else when the best unfinished one
+            scores, at its present length, below the worst finished one.
+        ignore_eos: Treat end-of-sequence tokens like others.
+
+    Raises:
+        TypeError, ValueError: A value is not of its type, or out of its range.
+    """
+
+    beam_width: int = 5
+    max_tokens: int = 50
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("beam_width", self.beam_width, 1)
+        check_int("max_tokens", self.max_tokens, 1)
+        check_float("length_penalty", self.length_penalty, -1e3)
+        check_bool("early_stopping", self.early_stopping)
+        check_bool("ignore_eos", self.ignore_eos)
+
+
+def beam_search(
+    engine: "LLMEngine", prompts: Prompt | SequenceOf[Prompt], params: BeamSearchParams, use_tqdm: bool
+) -> list[BeamOutput]:
+    """See `LLM.beam_search`."""
+    if not isinstance(params, BeamSearchParams):
+        raise TypeError(f"params must be a BeamSearchParams, got {params!r}")
+    at_once = engine.config.max_num_seqs // params.beam_width
+    if not at_once:
+        raise ValueError(f"beam_width={params.beam_width} must not exceed max_num_seqs={engine.config.max_num_seqs}")
+    encoded = encode(as_list(prompts), engine.config, engine.tokenizer)
+    outputs = []
+    with tqdm(total=len(encoded), desc="Searching", unit="prompt", disable=not use_tqdm) as progress:
+        for start in range(0, len(encoded), at_once):
+            searches = [_Search(engine, ids.tolist(), params) for ids in encoded[start : start + at_once]]
+            unfinished = searches
+            try:
+                while unfinished:
+                    engine._step()
+                    for search in unfinished:
+                        search.advance()
+                    progress.update(sum(not search.live for search in unfinished))
+                    unfinished = [search for search in unfinished if search.live]
+            finally:
+                for search in unfinished:
+                    search.drop()
+            outputs += [search.output() for search in searches]
+    return outputs
+
+
+@dataclass(frozen=True, slots=True)
+class _Hypothesis:
+    score: float
+    token_ids: list[int]
+    finish_reason: str
+
+
+class _Search:
+    """The search over one prompt: its live beams, best first, and the best finished hypotheses."""
+
+    def __init__(self, engine: "LLMEngine", prompt: list[int], params: BeamSearchParams):
+        self.engine, self.params = engine, params
+        self.num_prompt_tokens = len(prompt)
+        self.max_tokens = min(params.max_tokens, engine.config.max_model_len - len(prompt))
+        self.eos = frozenset() if params.ignore_eos else engine.config.eos_token_ids
+        # So many that `beam_width` remain when each beam's best tokens are all end-of-sequence ones.
+        self.num_candidates = max(2, 1 + len(self.eos)) * params.beam_width
+        self.one_step = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=self.num_candidates)
+        self.finished: list[_Hypothesis] = []
+        root = self._sequence(prompt)
+        self.live: list[tuple[Sequence, float]] = [(root, 0.0)]  # with sums of log-probabilities
+        engine.scheduler.add(root)
+
+    def advance(self) -> None:
+        """Once every live beam has run a step, replaces them by their best continuations."""
+        if any(seq.status is not SequenceStatus.FINISHED for seq, _ in self.live):
+            return
+        parents, width = self.live, self.params.beam_width
+        length = max(len(seq) for seq, _ in parents) - self.num_prompt_tokens
+        candidates = [
+            (score + logprob, seq, token_id)
+            for seq, score in parents
+            for entry in seq.logprobs
+            for token_id, logprob in entry["top"]
+        ]
+        candidates.sort(key=lambda candidate: -candidate[0])
+        candidates = candidates[: self.num_candidates]
+        ended = [length >= self.max_tokens or token_id in self.eos for _, _, token_id in candidates]
+        for (score, seq, token_id), has_ended in zip(candidates[:width], ended, strict=False):
+            if has_ended:
+                reason = "stop" if token_id in self.eos else "length"
+                self._finish(score, [*seq.token_ids[self.num_prompt_tokens : -1], token_id], reason)
+        for seq, score in parents:
+            if not seq.logprobs:  # the cache could not hold it, even alone
+                self._finish(score, seq.token_ids[self.num_prompt_tokens :].tolist(), "length")
+        going = [candidate for candidate, has_ended in zip(candidates, ended, strict=True) if not has_ended][:width]
+        self.live = []
+        if going and not self._is_decided(going[0][0] / length**self.params.length_penalty):
+            for score, seq, token_id in going:
+                child = self._sequence([*seq.token_ids[:-1], token_id])
+                self.engine.scheduler.fork(seq, child)
+                self.live.append((child, score))
+        self.engine.scheduler.drop_held([seq for seq, _ in parents])
+
+    def drop(self) -> None:
+        """Ends the live beams, after an error."""
+        seqs = [seq for seq, _ in self.live]
+        for seq in seqs:
+            seq.keeps_blocks = False
+        self.engine.scheduler.abort({seq.seq_id for seq in seqs})
+        self.engine.scheduler.drop_held(seqs)
+        self.engine.scheduler.finished = []
+
+    def output(self) -> BeamOutput:
+        outputs = [
+            BeamHypothesis(
+                text=self._text(found), token_ids=found.token_ids, score=found.score, finish_reason=found.finish_reason
+            )
+            for found in self.finished
+        ]
+        return {**outputs[0], "outputs": outputs}
+
+    def _sequence(self, token_ids: list[int]) -> Sequence:
+        """A hypothesis that runs for one step and then keeps its blocks, for its children."""
+        engine = self.engine
+        seq = Sequence(engine._num_sequences, token_ids, self.one_step, max_len=engine.config.max_model_len)
+        engine._num_sequences += 1
+        seq.keeps_blocks = seq.is_owned = True
+        return seq
+
+    def _finish(self, total: float, token_ids: list[int], reason: str) -> None:
+        score = total / max(len(token_ids), 1) ** self.params.length_penalty
+        self.finished.append(_Hypothesis(score, token_ids, reason))
+        self.finished.sort(key=lambda hypothesis: -hypothesis.score)
+        del self.finished[self.params.beam_width :]
+
+    def _is_decided(self, best_live: float) -> bool:
+        is_full = len(self.finished) == self.params.beam_width
+        return is_full and (self.params.early_stopping or best_live <= self.finished[-1].score)
+
+    def _text(self, found: _Hypothesis) -> str:
+        if self.engine.tokenizer is None:
+            return ""
+        end = -1 if found.finish_reason == "stop" else None
+        return self.engine.tokenizer.decode(
+            found.token_ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )

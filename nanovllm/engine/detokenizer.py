@@ -1,0 +1,79 @@
+"""From tokens to text: whole completions, or piece by piece with stop strings. Knows nothing of scheduling."""
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from nanovllm.engine.sequence import Sequence
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, seq: Sequence) -> str:
+    """The text of a completion, without the token that ended it unless `include_stop_str_in_output`."""
+    token_ids, params = seq.completion_token_ids, seq.params
+    if _ends_with_stop_token(seq) and not params.include_stop_str_in_output:
+        token_ids.pop()
+    return tokenizer.decode(
+        token_ids, skip_special_tokens=params.skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+
+
+class TextStream:
+    """The text of one completion as it grows, up to the first stop string.
+
+    A character whose bytes are spread over tokens appears when it is complete. What could still become a stop string
+    is held back from `take_delta`.
+
+    Raises:
+        ValueError: The tokenizer is not a fast one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seq: Sequence):
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError("stop strings and streaming need a fast tokenizer (a tokenizer.json in the checkpoint)")
+        self.text = ""
+        self.stop: str | None = None
+        self._seq = seq
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=seq.params.skip_special_tokens)
+        self._held_back = max(map(len, seq.params.stop), default=1) - 1
+        self._num_fed = 0
+        self._num_taken = 0
+
+    def feed(self) -> str | None:
+        """Reads the sequence's new tokens; returns the stop string that they completed, if any."""
+        seq, params = self._seq, self._seq.params
+        new = seq.token_ids[seq.num_prompt_tokens + self._num_fed :].tolist()
+        self._num_fed += len(new)
+        if new and _ends_with_stop_token(seq) and not params.include_stop_str_in_output:
+            new.pop()
+        for token_id in new:
+            self._append(self._stream.step(self._tokenizer.backend_tokenizer, token_id) or "")
+        return self.stop
+
+    def finish(self) -> None:
+        """Completes `text` with what the stream still waited for: bytes that never became a character."""
+        if self.stop is None:
+            self._append(decode(self._tokenizer, self._seq).removeprefix(self.text))
+        self._held_back = 0
+
+    def take_delta(self) -> str:
+        """The text that is certain and was not taken yet."""
+        end = len(self.text) - (0 if self.stop else self._held_back)
+        delta = self.text[self._num_taken : end]
+        self._num_taken = max(self._num_taken, end)
+        return delta
+
+    def _append(self, piece: str) -> None:
+        params = self._seq.params
+        start = max(0, len(self.text) - max(map(len, params.stop), default=1) + 1)
+        self.text += piece
+        if not piece or self._num_fed <= params.min_tokens:
+            return
+        # The match that ends first is the one that stops a reader of single characters.
+        found = [(self.text.find(stop, start) + len(stop), stop) for stop in params.stop if stop in self.text[start:]]
+        if found:
+            end, self.stop = min(found)
+            self.text = self.text[: end if params.include_stop_str_in_output else end - len(self.stop)]
+
+
+def _ends_with_stop_token(seq: Sequence) -> bool:
+    return seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)

@@ -1,0 +1,122 @@
+"""Users' prompts and sampling parameters, checked and brought into one form. Knows nothing of scheduling."""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from nanovllm.config import Config
+from nanovllm.sampling_params import SamplingParams
+
+Prompt = str | SequenceOf[int]
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer, or None if it has none (such a model takes and gives token ids)."""
+    path = config.model_path
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise ValueError(f"the tokenizer files in {path} could not be read: {error}") from error
+
+
+def as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
+    """A list of prompts; a bare string is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, (SequenceOf, np.ndarray)):
+        raise TypeError(f"prompts must be a list of strings or of token-id lists, got {shorten(prompts)}")
+    if len(prompts) and isinstance(prompts[0], (int, np.integer)):
+        raise TypeError("prompts must be a list of prompts; for one prompt of token ids pass [token_ids]")
+    return list(prompts)
+
+
+def broadcast(params: SamplingParams | SequenceOf[SamplingParams] | None, n: int) -> list[SamplingParams]:
+    """One `SamplingParams` for each of `n` prompts."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * n
+    if not isinstance(params, SequenceOf) or not all(isinstance(p, SamplingParams) for p in params):
+        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {shorten(params)}")
+    if len(params) != n:
+        raise ValueError(f"sampling_params has {len(params)} entries for {n} prompts; give one for all or one for each")
+    return list(params)
+
+
+def encode(
+    prompts: list[Prompt], config: Config, tokenizer: PreTrainedTokenizerBase | None, add_special_tokens: bool = True
+) -> list[np.ndarray]:
+    """Token ids of each prompt, checked, as int32. All texts are tokenized in one call, which runs in parallel."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if texts and tokenizer is None:
+        raise ValueError(f"{config.model_path} has no tokenizer; pass token ids instead of text")
+    tokenized = iter(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else ())
+    return [
+        _check_prompt(next(tokenized) if isinstance(prompt, str) else prompt, f"prompts[{i}]", config)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _check_prompt(ids: SequenceOf[int], name: str, config: Config) -> np.ndarray:
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # ragged
+        array = np.empty((0, 0))
+    if array.size == 0 and array.ndim == 1:
+        raise ValueError(f"{name} is empty: give it at least one token")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be a string or a list of token ids, got {shorten(ids)}")
+    _check_vocabulary(name, array, config)
+    if array.size >= config.max_model_len:
+        raise ValueError(
+            f"{name} has {array.size} tokens and leaves no room to generate within max_model_len="
+            f"{config.max_model_len}: shorten it, or raise max_model_len if the model supports more"
+        )
+    capacity = config.num_kvcache_blocks * config.kvcache_block_size
+    if array.size > capacity:
+        raise ValueError(
+            f"{name} has {array.size} tokens, the KV cache holds {capacity}: shorten it or raise num_kvcache_blocks"
+        )
+    return array.astype(np.int32)
+
+
+def check_params(params: list[SamplingParams], config: Config, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises where parameters do not fit this model: ids outside the vocabulary, texts without a tokenizer."""
+    for i, p in enumerate(params):
+        for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            ids = np.array(list(getattr(p, field)), dtype=np.int64)
+            _check_vocabulary(f"sampling_params[{i}].{field}", ids, config)
+        if p.stop and not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"sampling_params[{i}].stop needs a model with a fast tokenizer; use stop_token_ids")
+        if p.bad_words and tokenizer is None:
+            raise ValueError(f"sampling_params[{i}].bad_words needs a model with a tokenizer; use logit_bias")
+
+
+def encode_bad_words(params: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each bad word, at the start of a text and after a space, which tokenizers tell apart."""
+    encoded = []
+    for word in params.bad_words:
+        for text in (word, " " + word.lstrip()):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if ids and ids not in encoded:
+                encoded.append(ids)
+    return encoded
+
+
+def sibling_params(params: SamplingParams) -> SamplingParams:
+    """Of the second and further completions of a prompt, whose own log-probabilities are reported once."""
+    return params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
+
+
+def shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_vocabulary(name: str, ids: np.ndarray, config: Config) -> None:
+    vocab_size = config.hf_config.vocab_size
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise ValueError(f"{name} has the token id {outside[0]}, outside the vocabulary of {vocab_size}")

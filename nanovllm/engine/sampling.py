@@ -1,0 +1,82 @@
+"""Sampling for steps in which some sequence asks for more than a temperature. Others never come here.
+
+Legend: S sequences, V vocabulary.
+"""
+
+import warnings
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from nanovllm.engine.sequence import Sequence
+from nanovllm.layers.logits_processor import edit_logits, filter_logits, token_logprobs
+from nanovllm.layers.sampler import sample
+
+
+def sample_with_options(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor | None,
+    uniforms: torch.Tensor | None,
+    with_options: list[tuple[int, Sequence]],
+) -> list[int]:
+    """Samples as `sample` does, after the penalties, masks and filters of the sequences that have some.
+
+    Log-probabilities, of the unchanged logits, are added to the sequences that ask for them.
+
+    Args:
+        logits: [S, V], any floating dtype; not changed.
+        temperatures: [S] float32 or None.
+        uniforms: [S] float64 or None.
+        with_options: The rows of S with options, and their sequences.
+
+    Returns:
+        S token ids.
+    """
+    # A chunk of a prompt that is not complete samples nothing, so that no callable sees it.
+    complete = [
+        (row, seq) for row, seq in with_options if seq.num_computed_tokens + seq.num_scheduled_tokens == len(seq)
+    ]
+    edited = logits.to(torch.float32, copy=True)
+    for row, seq in complete:
+        if seq.params.edits_logits:
+            edited[row] = _edit(edited[row], seq)
+    filtered = [(row, seq.params) for row, seq in complete if seq.params.filters]
+    if filtered:
+        rows = [row for row, _ in filtered]
+        edited[rows], temperatures = _filter(edited[rows], temperatures, filtered)
+    token_ids = sample(edited, temperatures, uniforms).tolist()
+    wanted = [(row, seq) for row, seq in complete if seq.params.logprobs is not None]
+    for num_top, group in groupby(wanted, key=lambda item: item[1].params.logprobs):
+        rows, seqs = zip(*group, strict=True)
+        entries = token_logprobs(logits[list(rows)], [token_ids[row] for row in rows], num_top)
+        for seq, entry in zip(seqs, entries, strict=True):
+            del seq.logprobs[seq.num_completion_tokens :]  # of a step that failed
+            seq.logprobs.append(entry)
+    return token_ids
+
+
+def _edit(row: torch.Tensor, seq: Sequence) -> torch.Tensor:
+    token_ids = np.array(seq.token_ids)
+    prompt_ids, output_ids = np.split(token_ids, [seq.num_prompt_tokens])
+    edited = edit_logits(row.clone(), seq.params, prompt_ids, output_ids, seq.stop_token_ids, seq.bad_words_ids)
+    if edited.max() == -torch.inf:
+        warnings.warn("the sampling parameters forbid every token; this token ignores them", stacklevel=2)
+        return row
+    return edited
+
+
+def _filter(
+    logits: torch.Tensor, temperatures: torch.Tensor, filtered: list[tuple[int, object]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Applies temperature and filters to some rows; returns them and the temperatures that are left to apply."""
+    rows, params = zip(*filtered, strict=True)
+    device = logits.device
+    shifted = logits - logits.amax(-1, keepdim=True)
+    cut = filter_logits(
+        shifted / temperatures[list(rows)].unsqueeze(1),
+        torch.tensor([p.top_k for p in params], device=device),
+        torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
+        torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
+    )
+    return cut, temperatures.index_fill(0, torch.tensor(rows, device=device), 1.0)

@@ -1,0 +1,72 @@
+"""The shape of what users get back: plain dicts, ready for `json.dumps`."""
+
+from typing import TypedDict
+
+
+class TokenLogprob(TypedDict):
+    """One token under the model's own distribution (before temperature, penalties and filters)."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 is the most likely token."""
+    top: list[list]
+    """`[token_id, logprob]` of the most likely tokens, as many as were asked for, most likely first."""
+
+
+class CompletionOutput(TypedDict):
+    """One completion of a prompt."""
+
+    text: str
+    """Without special tokens (see `skip_special_tokens`) and without what stopped it."""
+    token_ids: list[int]
+    """Everything that was sampled, the token that ended it included."""
+    finish_reason: str
+    """"stop", "length" (also when the cache could not hold the sequence even alone) or "abort"."""
+    stop_reason: int | str | None
+    """Which of `stop_token_ids` or `stop` ended it; None for an end-of-sequence token or a length."""
+    logprobs: list[TokenLogprob] | None
+    cumulative_logprob: float | None
+    """Sum of the log-probabilities of `token_ids`; None unless `logprobs` were asked for."""
+
+
+class RequestOutput(CompletionOutput, total=False):
+    """What `generate` returns for a prompt: its first completion, and what belongs to the prompt."""
+
+    prompt_logprobs: list[TokenLogprob | None] | None
+    """One for each token of the prompt; the first has nothing before it and is None."""
+    num_cached_tokens: int
+    """Tokens of the prompt whose keys and values the prefix cache had when the request was admitted."""
+    outputs: list[CompletionOutput]
+    """All completions, with `n` above 1."""
+
+
+class StreamDelta(TypedDict):
+    """A piece of a completion, as `generate_stream` yields it."""
+
+    index: int
+    """Of the prompt."""
+    completion: int
+    """Of the completion, below `n`."""
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    """None until the last piece."""
+    stop_reason: int | str | None
+
+
+class BeamHypothesis(TypedDict):
+    """One finished hypothesis of a beam search."""
+
+    text: str
+    token_ids: list[int]
+    score: float
+    """Sum of the log-probabilities, divided by `len(token_ids) ** length_penalty`."""
+    finish_reason: str
+
+
+class BeamOutput(BeamHypothesis, total=False):
+    """What `beam_search` returns for a prompt: its best hypothesis."""
+
+    outputs: list[BeamHypothesis]
+    """All that were kept, best first."""

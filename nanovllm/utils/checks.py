@@ -1,0 +1,33 @@
+"""Checks of users' values, with errors that name the argument and what it may be."""
+
+import math
+from numbers import Integral, Real
+
+
+def check_int(name: str, value: object, low: int | None = None, high: int | None = None) -> None:
+    """Raises unless `value` is an integer between `low` and `high`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_float(name: str, value: object, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    """Raises unless `value` is a finite number between `low` (excluded if `open_low`) and `high`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+        above = f"above {low}" if open_low else f"at least {low}"
+        below = f" and at most {high}" if high < math.inf else ""
+        raise ValueError(f"{name} must be finite, {above}{below}, got {value!r}")
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: list[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
