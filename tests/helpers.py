@@ -61,3 +61,14 @@ def reference_tokens(model: PreTrainedModel, prompt: list[int], max_tokens: int)
 def reference_logits(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
     """[V] logits of the token after `prompt`."""
     return model(torch.tensor([prompt])).logits[0, -1]
+
+
+def chi_squared_p(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    """P(a chi-squared this large or larger), over the cells with an expectation of at least 5, the rest as one."""
+    expected = probs.double() * counts.sum()
+    large = expected >= 5
+    observed = torch.cat([counts[large].double(), counts[~large].sum()[None].double()])
+    expected = torch.cat([expected[large], expected[~large].sum()[None]])
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), statistic / 2).item()

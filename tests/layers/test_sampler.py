@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import chi_squared_p
 from nanovllm.engine.batch import splitmix64
 from nanovllm.layers.sampler import sample
 
@@ -12,17 +13,6 @@ def draw(logits: torch.Tensor, temperature: float, n: int, key: int = 0) -> torc
     """`n` tokens from one row of logits, with the engine's own random numbers."""
     uniforms = torch.from_numpy(splitmix64(np.full(n, key, dtype=np.uint64), np.arange(n)))
     return sample(logits.expand(n, -1), torch.full((n,), temperature), uniforms)
-
-
-def chi_squared_p(counts: torch.Tensor, probs: torch.Tensor) -> float:
-    """P(a chi-squared this large or larger), over the cells with an expectation of at least 5, the rest as one."""
-    expected = probs.double() * counts.sum()
-    large = expected >= 5
-    observed = torch.cat([counts[large].double(), counts[~large].sum()[None].double()])
-    expected = torch.cat([expected[large], expected[~large].sum()[None]])
-    observed, expected = observed[expected > 0], expected[expected > 0]
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), statistic / 2).item()
 
 
 @pytest.mark.parametrize("vocab_size", [7, 512, 1300])
