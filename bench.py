@@ -47,11 +47,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
-from nanovllm.engine.batch import Batch, BatchBuilder
+from nanovllm.engine.batch import BatchBuilder
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.model_runner import make_context, to_tensor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.utils.context import Context
 from nanovllm.utils.device import resolve_device
 
 QWEN3_0_6B = {
@@ -396,7 +396,10 @@ def bookkeeping_seconds(args: argparse.Namespace, is_steady: bool) -> np.ndarray
         if is_prefill:
             builder.prefill(seqs)
         else:
-            to_tensors(builder.decode(seqs), device)
+            batch = builder.decode(seqs)
+            make_context(batch, device)
+            for array in (batch.input_ids, batch.positions, batch.temperatures, batch.uniforms):
+                to_tensor(array, device)
         built = perf_counter()
         token_ids = [rng.randint(0, MAX_TOKEN_ID) for _ in seqs]
         sampled = perf_counter()
@@ -407,17 +410,6 @@ def bookkeeping_seconds(args: argparse.Namespace, is_steady: bool) -> np.ndarray
             add(seq.seq_id + num_seqs, longest)
         scheduler.finished = []
     return np.array(seconds)
-
-
-def to_tensors(batch: Batch, device: torch.device) -> tuple[Context, list[torch.Tensor | None]]:
-    """A decode batch as the model runner gives it to the model and to the sampler."""
-
-    def tensor(array: np.ndarray | None) -> torch.Tensor | None:
-        return None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
-
-    in_context = {name: tensor(getattr(batch, name)) for name in ("slot_mapping", "context_lens", "block_tables")}
-    context = Context(max_seqlen_q=1, max_seqlen_k=int(batch.context_lens.max()), **in_context)
-    return context, [tensor(array) for array in (batch.input_ids, batch.positions, batch.temperatures, batch.uniforms)]
 
 
 # ---- reports: a label and a template for each line; a line of which a figure is unknown is left out

@@ -22,13 +22,12 @@ class TextStream:
     A character whose bytes are spread over tokens appears when it is complete. What could still become a stop string
     is held back from `take_delta`.
 
-    Raises:
-        ValueError: The tokenizer is not a fast one.
+    Args:
+        tokenizer: A fast one.
+        seq: Whose completion it is.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seq: Sequence):
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError("stop strings and streaming need a fast tokenizer (a tokenizer.json in the checkpoint)")
         self.text = ""
         self.stop: str | None = None
         self._seq = seq

@@ -45,14 +45,12 @@ def broadcast(params: SamplingParams | SequenceOf[SamplingParams] | None, n: int
     return list(params)
 
 
-def encode(
-    prompts: list[Prompt], config: Config, tokenizer: PreTrainedTokenizerBase | None, add_special_tokens: bool = True
-) -> list[np.ndarray]:
+def encode(prompts: list[Prompt], config: Config, tokenizer: PreTrainedTokenizerBase | None) -> list[np.ndarray]:
     """Token ids of each prompt, checked, as int32. All texts are tokenized in one call, which runs in parallel."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts and tokenizer is None:
         raise ValueError(f"{config.model_path} has no tokenizer; pass token ids instead of text")
-    tokenized = iter(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else ())
+    tokenized = iter(tokenizer(texts)["input_ids"] if texts else ())
     return [
         _check_prompt(next(tokenized) if isinstance(prompt, str) else prompt, f"prompts[{i}]", config)
         for i, prompt in enumerate(prompts)

@@ -173,23 +173,18 @@ class LLMEngine:
             TypeError, ValueError: See `generate`.
         """
         self._check_open()
-        prompts = as_list(prompts)
-        checked = self._check(prompts, sampling_params, needs_text=True)
-        return self._stream(*checked)
+        if self.tokenizer is not None and not self.tokenizer.is_fast:
+            raise ValueError("streaming needs a model with a fast tokenizer (a tokenizer.json)")
+        return self._stream(*self._check(as_list(prompts), sampling_params))
 
     # ---- inside
 
     def _check(
-        self,
-        prompts: list[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
-        needs_text=False,
+        self, prompts: list[Prompt], sampling_params: SamplingParams | SequenceOf[SamplingParams] | None
     ) -> tuple[list[np.ndarray], list[SamplingParams]]:
         """Token ids and parameters of each prompt, or an error that says what is wrong."""
         params = broadcast(sampling_params, len(prompts))
         check_params(params, self.config, self.tokenizer)
-        if needs_text and self.tokenizer is not None and not self.tokenizer.is_fast:
-            raise ValueError("streaming needs a model with a fast tokenizer (tokenizer.json)")
         return encode(prompts, self.config, self.tokenizer), params
 
     def _enqueue(
@@ -204,7 +199,7 @@ class LLMEngine:
         return [self._add(ids, p, is_owned) for ids, p in zip(encoded, params, strict=True)]
 
     def _add(
-        self, token_ids: np.ndarray, params: SamplingParams, is_owned: bool, streams: bool = False
+        self, token_ids: np.ndarray, params: SamplingParams, is_owned: bool, is_streamed: bool = False
     ) -> list[Sequence]:
         """Makes the `n` sequences of a checked prompt; all but the first share the first's blocks."""
         seqs: list[Sequence] = []
@@ -222,7 +217,7 @@ class LLMEngine:
                 seqs[0] if i else None,
             )
             seq.bad_words_ids, seq.is_owned = bad_words_ids, is_owned
-            if params.stop or (streams and self.tokenizer is not None):
+            if params.stop or (is_streamed and self.tokenizer is not None):
                 self._texts[seq.seq_id] = TextStream(self.tokenizer, seq)
             self._num_sequences += 1
             self.scheduler.add(seq)
@@ -234,11 +229,11 @@ class LLMEngine:
         scheduler = self.scheduler
         seqs, is_prefill = scheduler.schedule()
         num_tokens = sum(seq.num_scheduled_tokens for seq in seqs) if is_prefill else -len(seqs)
+        copies, self.block_manager.copies = self.block_manager.copies, []
         if seqs:
             try:
-                if self.block_manager.copies:
-                    self.model_runner.copy_blocks(self.block_manager.copies)
-                    self.block_manager.copies = []
+                if copies:
+                    self.model_runner.copy_blocks(copies)
                 token_ids = self.model_runner.run(seqs, is_prefill)
             except BaseException:
                 scheduler.requeue(seqs)
@@ -279,38 +274,40 @@ class LLMEngine:
 
     def _stream(self, encoded: list[np.ndarray], params: list[SamplingParams]) -> Iterator[StreamDelta]:
         self._check_open()
-        seqs = {}  # -> index of the prompt, of the completion, number of tokens yielded
-        for index, (ids, p) in enumerate(zip(encoded, params, strict=True)):
-            seqs |= {seq: [index, i, 0] for i, seq in enumerate(self._add(ids, p, is_owned=True, streams=True))}
-        unfinished = list(seqs)
+        requests = [self._add(ids, p, is_owned=True, is_streamed=True) for ids, p in zip(encoded, params, strict=True)]
+        unfinished = [(seq, index, i) for index, request in enumerate(requests) for i, seq in enumerate(request)]
+        seqs = [seq for seq, _, _ in unfinished]
+        num_yielded = dict.fromkeys(seqs, 0)
         try:
             while unfinished:
                 self._step()
-                for seq in unfinished:
+                going = []
+                for seq, index, completion in unfinished:
                     is_last = seq.status is SequenceStatus.FINISHED
-                    index, completion, num_yielded = seqs[seq]
-                    token_ids = seq.token_ids[seq.num_prompt_tokens + num_yielded :].tolist()
+                    if not is_last:
+                        going.append((seq, index, completion))
+                    token_ids = seq.token_ids[seq.num_prompt_tokens + num_yielded[seq] :].tolist()
+                    num_yielded[seq] += len(token_ids)
                     if token_ids or is_last:
-                        seqs[seq][2] += len(token_ids)
-                        text = self._texts[seq.seq_id] if self.tokenizer is not None else None
-                        if text is not None and is_last:
-                            text.feed()
-                            text.finish()
                         yield StreamDelta(
                             index=index,
                             completion=completion,
-                            text="" if text is None else text.take_delta(),
+                            text=self._text_delta(seq, is_last),
                             token_ids=token_ids,
-                            finish_reason=seq.finish_reason,
-                            stop_reason=seq.stop_reason,
+                            finish_reason=seq.finish_reason if is_last else None,
+                            stop_reason=seq.stop_reason if is_last else None,
                         )
-                unfinished = [
-                    seq
-                    for seq in unfinished
-                    if seqs[seq][2] < seq.num_completion_tokens or seq.status is not SequenceStatus.FINISHED
-                ]
+                unfinished = going
         finally:
-            self._drop(list(seqs))
+            self._drop(seqs)
+
+    def _text_delta(self, seq: Sequence, is_last: bool) -> str:
+        if self.tokenizer is None:
+            return ""
+        text = self._texts[seq.seq_id]
+        if is_last:
+            text.finish()
+        return text.take_delta()
 
     def _drop(self, seqs: list[Sequence]) -> None:
         """Ends what is unfinished of a call's sequences, and forgets them."""

@@ -57,7 +57,7 @@ class ModelRunner:
         """
         batch = self.batch_builder.prefill(seqs) if is_prefill else self.batch_builder.decode(seqs)
         logits = self.forward(batch, partial(_score_prompts, seqs, batch))
-        temperatures, uniforms = self._tensor(batch.temperatures), self._tensor(batch.uniforms)
+        temperatures, uniforms = to_tensor(batch.temperatures, self.device), to_tensor(batch.uniforms, self.device)
         if batch.rows_with_options:
             with_options = [(row, seqs[row]) for row in batch.rows_with_options]
             return sample_with_options(logits, temperatures, uniforms, with_options)
@@ -75,12 +75,12 @@ class ModelRunner:
         Returns:
             [S, vocabulary] logits of the last scheduled token of each sequence.
         """
-        set_context(self._context(batch))
+        set_context(make_context(batch, self.device))
         try:
-            hidden_states = self.model(self._tensor(batch.input_ids), self._tensor(batch.positions))
+            hidden_states = self.model(to_tensor(batch.input_ids, self.device), to_tensor(batch.positions, self.device))
             if batch.prompt_logprob_rows is not None:
                 for rows in np.split(batch.prompt_logprob_rows, range(LOGPROB_ROWS, len(hidden_states), LOGPROB_ROWS)):
-                    score_prompts(rows, self.model.lm_head.project(hidden_states[self._tensor(rows)]))
+                    score_prompts(rows, self.model.lm_head.project(hidden_states[to_tensor(rows, self.device)]))
             return self.model.compute_logits(hidden_states)
         finally:
             reset_context()
@@ -148,24 +148,27 @@ class ModelRunner:
         torch.cuda.empty_cache()
         return peak - before
 
-    def _context(self, batch: Batch) -> Context:
-        context = Context(
-            is_prefill=batch.is_prefill,
-            slot_mapping=self._tensor(batch.slot_mapping),
-            context_lens=self._tensor(batch.context_lens),
-            block_tables=self._tensor(batch.block_tables),
-            max_seqlen_q=1,
-            max_seqlen_k=int(batch.context_lens.max()),
-        )
-        if batch.is_prefill:
-            cu_seqlens_k = np.concatenate([[0], batch.context_lens.cumsum()]).astype(np.int32)
-            context.cu_seqlens_q = self._tensor(batch.cu_seqlens_q)
-            context.cu_seqlens_k = self._tensor(cu_seqlens_k)
-            context.max_seqlen_q = int(np.diff(batch.cu_seqlens_q).max())
-        return context
 
-    def _tensor(self, array: np.ndarray | None) -> torch.Tensor | None:
-        return None if array is None else torch.from_numpy(array).to(self.device, non_blocking=True)
+def make_context(batch: Batch, device: torch.device) -> Context:
+    """What the layers need to know of a batch, on their device."""
+    context = Context(
+        is_prefill=batch.is_prefill,
+        slot_mapping=to_tensor(batch.slot_mapping, device),
+        context_lens=to_tensor(batch.context_lens, device),
+        block_tables=to_tensor(batch.block_tables, device),
+        max_seqlen_q=1,
+        max_seqlen_k=int(batch.context_lens.max()),
+    )
+    if batch.is_prefill:
+        cu_seqlens_k = np.concatenate([[0], batch.context_lens.cumsum()]).astype(np.int32)
+        context.cu_seqlens_q = to_tensor(batch.cu_seqlens_q, device)
+        context.cu_seqlens_k = to_tensor(cu_seqlens_k, device)
+        context.max_seqlen_q = int(np.diff(batch.cu_seqlens_q).max())
+    return context
+
+
+def to_tensor(array: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
+    return None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _score_prompts(seqs: list[Sequence], batch: Batch, rows: np.ndarray, logits: torch.Tensor) -> None:
