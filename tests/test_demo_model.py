@@ -1,0 +1,39 @@
+"""The demo model does what its card and the example promise, through the engine."""
+
+import json
+import subprocess
+import sys
+
+from helpers import DEMO_MODEL, ROOT
+
+
+def test_the_card_holds_on_held_out_prompts(tmp_path):
+    """100 held-out prompts of each family, and the example's prompts greedily and 100 times at temperature 0.6."""
+    command = [sys.executable, DEMO_MODEL / "evaluate.py", "--backend", "nanovllm", "--count", "100"]
+    subprocess.run([*command, "--json", tmp_path / "rows.json"], check=True, capture_output=True, cwd=ROOT)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    families = ("introduce", "primes", "add", "sort", "count", "extreme", "reverse", "parity", "other")
+    examples = [name for name in rows if name.endswith(("greedy", "T=0.6"))]
+    assert len(examples) == 4
+    for name in (*families, *examples):
+        right, total = rows[name]
+        assert right / total >= 0.95, name
+
+
+def test_the_example_answers_without_arguments():
+    done = subprocess.run([sys.executable, "example.py"], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert "Prompt: introduce yourself\nCompletion: I am nano-qwen3" in done.stdout
+    assert "97." in done.stdout
+
+
+def test_the_checkpoint_is_small_enough_for_git():
+    size = sum(file.stat().st_size for file in DEMO_MODEL.iterdir() if file.is_file())
+    assert size < 8_000_000
+
+
+def test_ci_runs_the_readmes_commands():
+    readme = (ROOT / "README.md").read_text()
+    command = "pip install -r requirements.txt -r requirements-dev.txt && pytest"
+    assert f"```bash\n{command}\n```" in readme
+    assert "```bash\npip install -r requirements.txt && python example.py\n```" in readme
+    assert command in (ROOT / ".ci" / "run").read_text()
