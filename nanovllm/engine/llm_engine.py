@@ -94,11 +94,8 @@ class LLMEngine:
             Whether it was still unfinished.
         """
         self._check_open()
-        num_finished = len(self.scheduler.finished)
         self.scheduler.abort({seq_id})
-        was_unfinished = len(self.scheduler.finished) > num_finished
-        self._take_finished()
-        return was_unfinished
+        return any(seq.seq_id == seq_id for seq in self._take_finished())
 
     def is_finished(self) -> bool:
         """Whether no request is waiting or running, and `step` has nothing left to report."""
@@ -112,7 +109,7 @@ class LLMEngine:
             computed, or minus how many sequences a decode step advanced.
         """
         self._check_open()
-        num_tokens = self._step()
+        _, num_tokens = self._step()
         finished, self._unclaimed = self._unclaimed, []
         for seq in finished:
             self._texts.pop(seq.seq_id, None)
@@ -224,8 +221,8 @@ class LLMEngine:
             seqs.append(seq)
         return seqs
 
-    def _step(self) -> int:
-        """One step; returns its tokens as `step` does."""
+    def _step(self) -> tuple[list[Sequence], int]:
+        """One step; returns the sequences that finished, whosever they are, and its tokens as `step` does."""
         scheduler = self.scheduler
         seqs, is_prefill = scheduler.schedule()
         num_tokens = sum(seq.num_scheduled_tokens for seq in seqs) if is_prefill else -len(seqs)
@@ -241,8 +238,7 @@ class LLMEngine:
             scheduler.postprocess(seqs, token_ids)
             if self._texts:
                 self._read_texts(seqs)
-        self._take_finished()
-        return num_tokens
+        return self._take_finished(), num_tokens
 
     def _read_texts(self, seqs: list[Sequence]) -> None:
         """Ends the sequences whose text has reached a stop string."""
@@ -252,21 +248,22 @@ class LLMEngine:
                 self.scheduler.abort({seq.seq_id}, "stop")
                 seq.finish_reason, seq.stop_reason = "stop", stop  # also where a length ended it in the same step
 
-    def _take_finished(self) -> None:
-        self._unclaimed += [seq for seq in self.scheduler.finished if not seq.is_owned]
-        self.scheduler.finished = []
+    def _take_finished(self) -> list[Sequence]:
+        finished, self.scheduler.finished = self.scheduler.finished, []
+        self._unclaimed += [seq for seq in finished if not seq.is_owned]
+        return finished
 
     def _run(self, seqs: list[Sequence], use_tqdm: bool) -> None:
         """Steps until `seqs` are finished."""
         tokens, seconds = {True: 0, False: 0}, {True: 0.0, False: 0.0}  # by whether it is prefill
         with tqdm(total=len(seqs), desc="Generating", unit="prompt", disable=not use_tqdm) as progress:
-            unfinished = seqs
+            unfinished = {seq.seq_id for seq in seqs}
             while unfinished:
                 start = perf_counter()
-                num_tokens = self._step()
+                finished, num_tokens = self._step()
                 tokens[num_tokens > 0] += abs(num_tokens)
                 seconds[num_tokens > 0] += perf_counter() - start
-                unfinished = [seq for seq in unfinished if seq.status is not SequenceStatus.FINISHED]
+                unfinished.difference_update(seq.seq_id for seq in finished)
                 if use_tqdm:
                     progress.update(len(seqs) - len(unfinished) - progress.n)
                     rates = {is_prefill: tokens[is_prefill] / max(seconds[is_prefill], 1e-9) for is_prefill in tokens}
