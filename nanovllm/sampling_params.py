@@ -119,7 +119,8 @@ class SamplingParams:
             raise TypeError(f"{name} must be a list of {what}, got {value!r}")
         if name == "allowed_token_ids" and value is not None and not len(value):
             raise ValueError("allowed_token_ids must not be empty; leave it None to allow all")
-        object.__setattr__(self, name, tuple(items))
+        # None stays None where an empty list would mean something else, so that `dataclasses.replace` works.
+        object.__setattr__(self, name, None if name == "allowed_token_ids" and value is None else tuple(items))
 
     def _check_combinations(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

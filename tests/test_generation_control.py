@@ -4,6 +4,7 @@ import gc
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -435,6 +436,18 @@ def test_max_tokens_none_goes_to_the_models_length(llm):
 def test_bad_options_are_refused_at_construction_by_name(kwargs, error, message):
     with pytest.raises(error, match=message):
         SamplingParams(**kwargs)
+
+
+def test_params_can_be_replaced_and_compared():
+    params = SamplingParams(n=2, stop="x", logit_bias={1: 2.0}, prompt_logprobs=1)
+    assert replace(params, prompt_logprobs=None) == SamplingParams(n=2, stop=["x"], logit_bias={1: 2.0})
+    assert replace(params, allowed_token_ids=[3]).allowed_token_ids == (3,)
+
+
+def test_prompt_logprobs_with_n_are_reported_once_for_all(llm):
+    [prompt] = prompts_for(llm, [11])
+    [output] = generate(llm, [prompt], SamplingParams(n=3, max_tokens=2, prompt_logprobs=1))
+    assert len(output["prompt_logprobs"]) == 11 and len(output["outputs"]) == 3
 
 
 @pytest.mark.parametrize(

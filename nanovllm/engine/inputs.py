@@ -84,7 +84,7 @@ def check_params(params: list[SamplingParams], config: Config, tokenizer: PreTra
     """Raises where parameters do not fit this model: ids outside the vocabulary, texts without a tokenizer."""
     for i, p in enumerate(params):
         for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            ids = np.array(list(getattr(p, field)), dtype=np.int64)
+            ids = np.array(list(getattr(p, field) or ()), dtype=np.int64)
             _check_vocabulary(f"sampling_params[{i}].{field}", ids, config)
         if p.stop and not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"sampling_params[{i}].stop needs a model with a fast tokenizer; use stop_token_ids")
