@@ -31,7 +31,7 @@ class Config:
         max_num_seqs: Most sequences that run at the same time.
         max_model_len: Most tokens of a sequence, prompt included. Lowered to what the model supports.
         gpu_memory_utilization: Share of a GPU's memory to use, in (0, 1].
-        tensor_parallel_size: Ranks that share the model, 1 to 8.
+        tensor_parallel_size: Processes that share the model, 1 to 8; on CUDA each has a GPU.
         enforce_eager: Run decode without CUDA graphs.
         kvcache_block_size: Tokens per block of the KV cache, also the unit of prefix caching.
         num_kvcache_blocks: Blocks of the KV cache; -1 fills the memory budget (see `utils.device.cache_budget`).
@@ -75,6 +75,7 @@ class Config:
         if self.hf_config is None:
             self.hf_config = read_hf_config(self.model_path)
         self.architecture = supported_architecture(self.hf_config.architectures, self.model_path)
+        check_parallel_size(self.tensor_parallel_size, self.hf_config, self.device)
         longest = max_position(self.hf_config)
         self.max_model_len = min(self.max_model_len, longest)
         if isinstance(self.dtype, str) and self.dtype != "auto":
@@ -94,8 +95,6 @@ class Config:
         check_int("num_kvcache_blocks", self.num_kvcache_blocks, -1)
         if self.num_kvcache_blocks == 0:
             raise ValueError("num_kvcache_blocks must be positive, or -1 to fill the memory budget, got 0")
-        if self.tensor_parallel_size > 1:
-            raise ValueError("tensor_parallel_size > 1 is not implemented yet; use 1")
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
         check_bool("enforce_eager", self.enforce_eager)
         dtype = str(self.dtype).removeprefix("torch.")
@@ -164,6 +163,29 @@ def supported_architecture(architectures: list[str] | None, path: Path) -> str:
         if name in MODELS:
             return name
     raise ValueError(f"{path} is a model of architecture {architectures}; supported are {sorted(MODELS)}")
+
+
+def check_parallel_size(size: int, hf_config: PretrainedConfig, device: torch.device) -> None:
+    """Raises ValueError unless a model can be split over `size` ranks, and there is a GPU for each if it is to be one.
+
+    KV heads may be fewer than the ranks, several of which then hold the same one.
+    """
+
+    def fits(n: int) -> bool:
+        kv_heads = hf_config.num_key_value_heads
+        return not any(total % n for total in split) and (kv_heads % n == 0 or n % kv_heads == 0)
+
+    split = hf_config.num_attention_heads, hf_config.intermediate_size
+    if not fits(size):
+        raise ValueError(
+            f"tensor_parallel_size={size} does not divide the model's num_attention_heads={split[0]}, "
+            f"num_key_value_heads={hf_config.num_key_value_heads} (or the reverse) and intermediate_size={split[1]}; "
+            f"use one of {[n for n in range(1, 9) if fits(n)]}"
+        )
+    if size > 1 and device.type == "cuda" and torch.cuda.device_count() < size:
+        raise ValueError(
+            f"tensor_parallel_size={size} needs as many GPUs; this machine has {torch.cuda.device_count()}"
+        )
 
 
 def max_position(hf_config: PretrainedConfig) -> int:

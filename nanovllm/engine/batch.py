@@ -25,6 +25,7 @@ class Batch:
     temperatures: np.ndarray | None = None  # [S] float32, None if all are greedy
     uniforms: np.ndarray | None = None  # [S] float64 in [0, 1), one draw per sequence, None if all are greedy
     rows_with_options: list[int] = field(default_factory=list)  # sequences that ask for more than a temperature
+    seq_ids: list[int] | None = None  # decode only; the same list object as long as the same sequences decode
     prompt_logprob_rows: np.ndarray | None = None  # tokens of which the next one's log-probability is wanted
 
 
@@ -61,7 +62,7 @@ class BatchBuilder:
             is_prefill=True,
             input_ids=np.concatenate(tokens, dtype=np.int64),
             positions=positions,
-            slot_mapping=self._slots(block_tables, rows, positions),
+            slot_mapping=find_slots(block_tables, rows, positions, self.block_size),
             context_lens=(starts + lens).astype(np.int32),
             cu_seqlens_q=cu_seqlens_q,
             block_tables=block_tables if starts.any() else None,
@@ -74,6 +75,7 @@ class BatchBuilder:
         """The last token of each sequence."""
         if seqs != self._decoding:
             self._decoding = list(seqs)
+            self._seq_ids = [seq.seq_id for seq in seqs]
             self._rows = np.arange(len(seqs))
             self._lens = np.array([len(seq) for seq in seqs])
             self._tables = self._block_tables(seqs)
@@ -89,11 +91,12 @@ class BatchBuilder:
             is_prefill=False,
             input_ids=np.array([seq.token_ids[-1] for seq in seqs]),
             positions=positions,
-            slot_mapping=self._slots(self._tables, self._rows, positions),
+            slot_mapping=find_slots(self._tables, self._rows, positions, self.block_size),
             context_lens=self._lens.astype(np.int32),
             block_tables=self._tables,
             **_draw(self._random, self._lens),
             rows_with_options=self._rows_with_options,
+            seq_ids=self._seq_ids,
         )
 
     def _block_tables(self, seqs: list[Sequence]) -> np.ndarray:
@@ -104,9 +107,11 @@ class BatchBuilder:
         tables[filled] = list(chain.from_iterable(seq.block_table for seq in seqs))
         return tables
 
-    def _slots(self, tables: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        blocks, offsets = np.divmod(positions, self.block_size)
-        return tables[rows, blocks].astype(np.int64) * self.block_size + offsets
+
+def find_slots(tables: np.ndarray, rows: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:
+    """[T] int64: where each of T tokens is in the cache, from its row in the [S, B] block tables and its position."""
+    blocks, offsets = np.divmod(positions, block_size)
+    return tables[rows, blocks].astype(np.int64) * block_size + offsets
 
 
 def _rows_with_options(seqs: list[Sequence]) -> list[int]:

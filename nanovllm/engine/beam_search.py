@@ -131,6 +131,8 @@ class _Search:
 
     def drop(self) -> None:
         """Ends the live beams, after an error."""
+        if self.engine.is_closed:
+            return
         seqs = [seq for seq, _ in self.live]
         for seq in seqs:
             seq.keeps_blocks = False

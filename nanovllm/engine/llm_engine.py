@@ -26,6 +26,7 @@ from nanovllm.engine.inputs import (
     sibling_params,
 )
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.parallel_runner import ParallelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.outputs import CompletionOutput, RequestOutput, StreamDelta
@@ -43,6 +44,7 @@ class LLMEngine:
 
     Raises:
         TypeError, ValueError: See `Config`; also when the checkpoint is damaged or the memory is too small.
+        RuntimeError: A process of `tensor_parallel_size` failed, or may not be started here.
     """
 
     def __init__(self, model: str, **kwargs):
@@ -51,9 +53,10 @@ class LLMEngine:
         self.tokenizer = load_tokenizer(config)
         if config.eos is None and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             config.eos_token_ids |= {self.tokenizer.eos_token_id}
-        self.model_runner = ModelRunner(config)
+        self.model_runner = ModelRunner(config) if config.tensor_parallel_size == 1 else ParallelRunner(config)
         self.block_manager = BlockManager(config.num_kvcache_blocks, config.kvcache_block_size)
         self.scheduler = Scheduler(self.block_manager, config.max_num_seqs, config.max_num_batched_tokens)
+        self._failure: str | None = None  # that has closed the engine
         self._num_sequences = 0
         self._unclaimed: list[Sequence] = []  # finished, and not reported by `step` yet
         self._texts: dict[int, TextStream] = {}  # of the sequences whose text must be known as it grows, by seq_id
@@ -66,8 +69,16 @@ class LLMEngine:
         self.exit()
 
     def exit(self) -> None:
-        """Gives the model's memory back. Idempotent; also happens when the engine is garbage or Python ends."""
+        """Gives the model's memory back and ends the processes of other ranks.
+
+        Idempotent; also happens when the engine is garbage or Python ends.
+        """
         self._finalizer()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `exit` was called, or a failure has ended the engine."""
+        return not self._finalizer.alive
 
     # ---- requests, step by step
 
@@ -99,6 +110,7 @@ class LLMEngine:
 
     def is_finished(self) -> bool:
         """Whether no request is waiting or running, and `step` has nothing left to report."""
+        self._check_open()
         return self.scheduler.is_finished() and not self._unclaimed
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
@@ -233,7 +245,11 @@ class LLMEngine:
                     self.model_runner.copy_blocks(copies)
                 token_ids = self.model_runner.run(seqs, is_prefill)
             except BaseException:
-                scheduler.requeue(seqs)
+                if self.model_runner.failure is None:
+                    scheduler.requeue(seqs)
+                else:
+                    self._failure = self.model_runner.failure
+                    self.exit()
                 raise
             scheduler.postprocess(seqs, token_ids)
             if self._texts:
@@ -308,7 +324,7 @@ class LLMEngine:
 
     def _drop(self, seqs: list[Sequence]) -> None:
         """Ends what is unfinished of a call's sequences, and forgets them."""
-        if self._finalizer.alive and any(seq.status is not SequenceStatus.FINISHED for seq in seqs):
+        if not self.is_closed and any(seq.status is not SequenceStatus.FINISHED for seq in seqs):
             self.scheduler.abort({seq.seq_id for seq in seqs})
             self._take_finished()
         for seq in seqs:
@@ -344,12 +360,15 @@ class LLMEngine:
         }
 
     def _check_open(self) -> None:
-        if not self._finalizer.alive:
-            raise RuntimeError("this LLM was closed by exit(); make a new one")
+        if self.is_closed:
+            reason = "exit()" if self._failure is None else f"a failure: {self._failure}"
+            raise RuntimeError(f"this LLM was closed by {reason}; make a new one")
 
 
 def _close(state: dict) -> None:
     """Drops what holds memory. Gets the engine's attributes, not the engine, which it must not keep alive."""
+    if "model_runner" in state:
+        state["model_runner"].close()
     for name in ("model_runner", "scheduler", "block_manager"):
         state.pop(name, None)
 

@@ -31,15 +31,19 @@ class ModelRunner:
 
     Args:
         config: The engine's settings; `num_kvcache_blocks` is set here if it is -1.
+        tp: This rank's place among those that share the model.
 
     Raises:
         ValueError: The checkpoint does not fit the model, or the memory left cannot hold the cache.
     """
 
-    def __init__(self, config: Config):
+    failure: str | None = None  # why no further step can run
+
+    def __init__(self, config: Config, tp: TensorParallel = TensorParallel()):  # noqa: B008 (frozen)
         self.config = config
         self.device = config.device
-        self.model = self._build_model(TensorParallel())
+        self.tp = tp
+        self.model = self._build_model()
         self.attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
         self.block_size = config.kvcache_block_size
         max_blocks = -(-config.max_model_len // self.block_size)
@@ -65,22 +69,25 @@ class ModelRunner:
 
     def forward(
         self, batch: Batch, score_prompts: Callable[[np.ndarray, torch.Tensor], None] | None = None
-    ) -> torch.Tensor:
-        """Fills the cache.
+    ) -> torch.Tensor | None:
+        """Fills the cache. All ranks must do so for the same batch.
 
         Args:
             batch: The step's work.
-            score_prompts: Called with some of `batch.prompt_logprob_rows` and their logits until all are done.
+            score_prompts: Called with some of `batch.prompt_logprob_rows` and their logits until all are done, on
+                rank 0.
 
         Returns:
-            [S, vocabulary] logits of the last scheduled token of each sequence.
+            [S, vocabulary] logits of the last scheduled token of each sequence on rank 0, None on the others.
         """
         set_context(make_context(batch, self.device))
         try:
             hidden_states = self.model(to_tensor(batch.input_ids, self.device), to_tensor(batch.positions, self.device))
             if batch.prompt_logprob_rows is not None:
                 for rows in np.split(batch.prompt_logprob_rows, range(LOGPROB_ROWS, len(hidden_states), LOGPROB_ROWS)):
-                    score_prompts(rows, self.model.lm_head.project(hidden_states[to_tensor(rows, self.device)]))
+                    logits = self.model.lm_head.project(hidden_states[to_tensor(rows, self.device)])
+                    if logits is not None:
+                        score_prompts(rows, logits)
             return self.model.compute_logits(hidden_states)
         finally:
             reset_context()
@@ -93,19 +100,25 @@ class ModelRunner:
                 layer.k_cache[target] = layer.k_cache[source]
                 layer.v_cache[target] = layer.v_cache[source]
 
-    def _build_model(self, tp: TensorParallel) -> torch.nn.Module:
+    def close(self) -> None:
+        """Ends what runs beside this process: with one rank, nothing."""
+
+    def _check_ranks(self) -> None:
+        """Raises if another rank has failed."""
+
+    def _build_model(self) -> torch.nn.Module:
         config = self.config
         default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(config.dtype)
         try:
             with torch.device(config.device):
-                model = MODELS[config.architecture](config.hf_config, config.max_model_len, tp)
+                model = MODELS[config.architecture](config.hf_config, config.max_model_len, self.tp)
         finally:
             torch.set_default_dtype(default_dtype)
         if config.load_format == "dummy":
             load_dummy(model, config.seed)
         else:
-            load_model(model, config.model_path)
+            load_model(model, config.model_path, self.tp.rank == 0, self._check_ranks)
         return model.eval()
 
     def _allocate_kv_cache(self, max_blocks: int) -> None:
@@ -113,12 +126,16 @@ class ModelRunner:
         backend = choose_backend(config.attention_backend)
         layout = self.block_size, attention.num_kv_heads, attention.head_dim
         block_bytes = 2 * len(self.attentions) * math.prod(backend.cache_shape(1, *layout)) * config.dtype.itemsize
+        num_sharing = self.tp.size if self.device.type == "cpu" else 1
         activations = self._activation_bytes() if self.device.type == "cuda" else 0
         available = available_memory(self.device, config.gpu_memory_utilization) - activations
+        # A block exists on every rank, so the one with the least memory decides; on a CPU they share one memory.
+        available = self.tp.minimum(available, self.device)
         if config.num_kvcache_blocks == -1:
-            affordable = default_cache_bytes(self.device, available) // block_bytes
+            budget = default_cache_bytes(self.device, available)
+            affordable = budget // (block_bytes * num_sharing)
             config.num_kvcache_blocks = min(max(affordable, 1), config.max_num_seqs * max_blocks)
-        needed = config.num_kvcache_blocks * block_bytes
+        needed = config.num_kvcache_blocks * block_bytes * num_sharing
         if needed > available:
             raise ValueError(
                 f"the KV cache needs {needed / GIB:.2f} GiB and the {self.device.type} has {available / GIB:.2f} GiB "
@@ -143,7 +160,8 @@ class ModelRunner:
         before = torch.cuda.memory_allocated(self.device)
         with torch.inference_mode():
             logits = self.forward(batch)
-            sample(logits)
+            if logits is not None:
+                sample(logits)
         peak = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.empty_cache()
         return peak - before

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -47,7 +47,12 @@ def copy_weight(
     param.data.copy_(loaded[index])
 
 
-def load_model(model: nn.Module, path: str | os.PathLike) -> None:
+def load_model(
+    model: nn.Module,
+    path: str | os.PathLike,
+    show_progress: bool = True,
+    before_each: Callable[[], None] = lambda: None,
+) -> None:
     """Fills every parameter of `model` exactly once from the safetensors files of a checkpoint directory.
 
     Args:
@@ -55,6 +60,8 @@ def load_model(model: nn.Module, path: str | os.PathLike) -> None:
             `ignored_weights(name)` (whether the checkpoint's tensor is not wanted); its modules may have
             `load_weight(name, loaded, shard)`.
         path: The directory.
+        show_progress: Show a progress bar if there are several files.
+        before_each: Called before each tensor is read; may raise to stop.
 
     Raises:
         ValueError: A file is missing or damaged, or tensors are missing, unexpected or misshapen (all are listed).
@@ -66,10 +73,13 @@ def load_model(model: nn.Module, path: str | os.PathLike) -> None:
     problems += [f"unexpected: {name}" for name in sorted(set(found) - targets.keys())]
     problems += [f"more than once: {name}" for name in sorted({name for name in found if found.count(name) > 1})]
     _raise_if_any(problems, path)
-    progress = tqdm(total=len(found), desc="Loading weights", unit="tensor", disable=len(files) == 1)
+    progress = tqdm(
+        total=len(found), desc="Loading weights", unit="tensor", disable=len(files) == 1 or not show_progress
+    )
     for file, names in files.items():
         for name in names:
             module, attribute, shard = targets[name]
+            before_each()
             try:
                 with safe_open(file, framework="pt") as tensors:  # reopened so that pages already read are let go
                     loaded = tensors.get_slice(name)

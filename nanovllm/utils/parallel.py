@@ -1,16 +1,25 @@
-"""A rank's place in its tensor-parallel group, and the collectives that layers use. One rank needs no group."""
+"""A rank's place in its tensor-parallel group, and the collectives that layers use. One rank needs no group.
 
-from dataclasses import dataclass
+A group is a c10d backend of its own, never `torch.distributed`'s default group: that one is the user's, and there is
+only one in a process.
+"""
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+JOIN_TIMEOUT = timedelta(seconds=8)  # all ranks are up when they begin to join
+STEP_TIMEOUT = timedelta(minutes=30)  # a rank that ends is noticed at once; this is for one that hangs
 
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
     rank: int = 0
     size: int = 1
-    group: dist.ProcessGroup | None = None
+    group: "dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None" = field(default=None, repr=False)
 
     def divide(self, total: int, what: str) -> int:
         """A rank's share of `total`.
@@ -35,14 +44,50 @@ class TensorParallel:
         return max(1, self.size // total)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Adds up every rank's `x`, in place."""
         if self.size > 1:
-            dist.all_reduce(x, group=self.group)
+            self.group.allreduce([x]).wait()
         return x
 
     def gather_columns(self, x: torch.Tensor) -> torch.Tensor | None:
         """Concatenates every rank's [S, n] along the columns on rank 0; None on the others."""
         if self.size == 1:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(x, parts, group=self.group, group_dst=0)
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else []
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        self.group.gather([parts] if parts else [], [x], options).wait()
         return torch.cat(parts, dim=-1) if parts else None
+
+    def minimum(self, value: int, device: torch.device) -> int:
+        """The smallest of every rank's `value`."""
+        if self.size == 1:
+            return value
+        x = torch.tensor([value], device=device)
+        self.group.allreduce([x], dist.ReduceOp.MIN).wait()
+        return int(x)
+
+
+def connect(rank: int, size: int, device: torch.device, rendezvous: Path) -> TensorParallel:
+    """Joins a group: NCCL on CUDA, else gloo over the loopback interface. Returns once all `size` ranks have.
+
+    Args:
+        rank: This process's.
+        size: Number of ranks.
+        device: This rank's.
+        rendezvous: A file that does not exist yet, the same for all ranks and for no other group.
+
+    Raises:
+        RuntimeError: A rank did not join in time.
+    """
+    store = dist.FileStore(str(rendezvous), size)
+    if device.type == "cuda":
+        group = dist.ProcessGroupNCCL(store, rank, size)
+        group.eager_connect_single_device(device)
+        return TensorParallel(rank, size, group)
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = JOIN_TIMEOUT
+    group = dist.ProcessGroupGloo(store, rank, size, options)
+    group._set_default_timeout(STEP_TIMEOUT)
+    return TensorParallel(rank, size, group)

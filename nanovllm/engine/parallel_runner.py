@@ -1,0 +1,139 @@
+"""The model runner of an engine with several ranks: rank 0's has the others do what it does."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanovllm.config import Config
+from nanovllm.engine.batch import Batch
+from nanovllm.engine.batch_codec import BatchCodec
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.workers import Workers, interrupts_held
+from nanovllm.utils.parallel import connect
+
+
+class ParallelRunner(ModelRunner):
+    """Rank 0 of `tensor_parallel_size` ranks; starts the others.
+
+    A failure while the ranks work together ends them all, for they can no longer agree on where they are.
+
+    Args:
+        config: The engine's settings.
+
+    Raises:
+        ValueError: See `ModelRunner`.
+        RuntimeError: Another rank failed; the message has its number and its traceback or exit code.
+    """
+
+    def __init__(self, config: Config):
+        size = config.tensor_parallel_size
+        self._is_set_up = False
+        self._threads_before = torch.get_num_threads()
+        is_chosen = config.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
+        self._threads = self._threads_before if is_chosen else max(1, self._threads_before // size)
+        self.workers = Workers(size, serve, config, None if is_chosen else self._threads)
+        try:
+            torch.set_num_threads(self._threads)
+            config.device = rank_device(config.device, 0)
+            tp = connect(0, size, config.device, self.workers.rendezvous)
+            if config.device.type == "cuda":
+                watched = self.workers.sentinels, tp.group
+                threading.Thread(target=_abort_when_one_ends, args=watched, daemon=True).start()
+            super().__init__(config, tp)
+        except BaseException as error:
+            self._end_after(error)
+        self._codec = BatchCodec(self.block_size, self.batch_builder.max_blocks)
+        self._is_set_up = True
+
+    def forward(
+        self, batch: Batch, score_prompts: Callable[[np.ndarray, torch.Tensor], None] | None = None
+    ) -> torch.Tensor | None:
+        """As `ModelRunner.forward`, on all ranks."""
+        if not self._is_set_up:  # every rank is measuring its own memory
+            return super().forward(batch, score_prompts)
+        with self._all_ranks():
+            self.workers.publish("forward", self._codec.encode(batch))
+            logits = super().forward(batch, score_prompts)
+            if self.device.type == "cuda":  # here, and not later, the failure of another rank is to be noticed
+                torch.cuda.current_stream(self.device).synchronize()
+                self.workers.raise_if_failed()
+            return logits
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """As `ModelRunner.copy_blocks`, on all ranks."""
+        with self._all_ranks():
+            self.workers.publish("copy_blocks", copies)
+            super().copy_blocks(copies)
+
+    def close(self) -> None:
+        """Ends the other ranks. Idempotent."""
+        self.workers.close()
+        self._restore_threads()
+
+    @contextmanager
+    def _all_ranks(self) -> Iterator[None]:
+        """Around what all ranks do together."""
+        with interrupts_held():
+            try:
+                yield
+            except BaseException as error:
+                self._end_after(error)
+
+    def _end_after(self, error: BaseException) -> None:
+        """Ends the other ranks, then raises what `error` comes from."""
+        cause = self.workers.cause_of(error)
+        self.failure = str(cause) or repr(cause)
+        self.workers.close(gently=False)
+        self._restore_threads()
+        raise cause from (error.__cause__ if cause is error else error)
+
+    def _check_ranks(self) -> None:
+        self.workers.raise_if_killed()
+
+    def _restore_threads(self) -> None:
+        if torch.get_num_threads() == self._threads:  # else somebody has changed it since
+            torch.set_num_threads(self._threads_before)
+
+
+def serve(
+    rank: int, receive: Callable[[], tuple], rendezvous: Path, config: Config, num_threads: int | None = None
+) -> None:
+    """What a further rank does all its life: what rank 0 publishes.
+
+    Args:
+        rank: 1 and up.
+        receive: Waits for the next `(method, *args)`.
+        rendezvous: See `connect`.
+        config: The engine's settings.
+        num_threads: For PyTorch to use; by default it decides.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    config.device = rank_device(config.device, rank)
+    runner = ModelRunner(config, connect(rank, config.tensor_parallel_size, config.device, rendezvous))
+    codec = BatchCodec(runner.block_size, runner.batch_builder.max_blocks)
+    methods = {"forward": lambda message: runner.forward(codec.decode(message)), "copy_blocks": runner.copy_blocks}
+    with torch.inference_mode():
+        while (message := receive())[0] != "exit":
+            method, *args = message
+            methods[method](*args)
+
+
+def rank_device(device: torch.device, rank: int) -> torch.device:
+    """The GPU of a rank, made the current one of its process; the CPU is everyone's."""
+    if device.type != "cuda":
+        return device
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+def _abort_when_one_ends(sentinels: list[int], group: object) -> None:
+    """NCCL would wait for a rank that has ended; gloo notices by itself."""
+    wait(sentinels)
+    group.abort()
