@@ -31,7 +31,7 @@ class ModelRunner:
 
     Args:
         config: The engine's settings; `num_kvcache_blocks` is set here if it is -1.
-        tp: This rank's place among those that share the model.
+        tp: This rank's place among those that share the model; by default there are no others.
 
     Raises:
         ValueError: The checkpoint does not fit the model, or the memory left cannot hold the cache.
@@ -39,10 +39,10 @@ class ModelRunner:
 
     failure: str | None = None  # why no further step can run
 
-    def __init__(self, config: Config, tp: TensorParallel = TensorParallel()):  # noqa: B008 (frozen)
+    def __init__(self, config: Config, tp: TensorParallel | None = None):
         self.config = config
         self.device = config.device
-        self.tp = tp
+        self.tp = tp or TensorParallel()
         self.model = self._build_model()
         self.attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
         self.block_size = config.kvcache_block_size

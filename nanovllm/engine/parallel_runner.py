@@ -15,7 +15,7 @@ from nanovllm.engine.batch import Batch
 from nanovllm.engine.batch_codec import BatchCodec
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.workers import Workers, interrupts_held
-from nanovllm.utils.parallel import connect
+from nanovllm.utils.parallel import TensorParallel, connect
 
 
 class ParallelRunner(ModelRunner):
@@ -34,6 +34,7 @@ class ParallelRunner(ModelRunner):
     def __init__(self, config: Config):
         size = config.tensor_parallel_size
         self._is_set_up = False
+        self.tp = TensorParallel()
         self._threads_before = torch.get_num_threads()
         is_chosen = config.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
         self._threads = self._threads_before if is_chosen else max(1, self._threads_before // size)
@@ -41,11 +42,11 @@ class ParallelRunner(ModelRunner):
         try:
             torch.set_num_threads(self._threads)
             config.device = rank_device(config.device, 0)
-            tp = connect(0, size, config.device, self.workers.rendezvous)
+            self.tp = connect(0, size, config.device, self.workers.rendezvous)
             if config.device.type == "cuda":
-                watched = self.workers.sentinels, tp.group
+                watched = self.workers.sentinels, self.tp.group
                 threading.Thread(target=_abort_when_one_ends, args=watched, daemon=True).start()
-            super().__init__(config, tp)
+            super().__init__(config, self.tp)
         except BaseException as error:
             self._end_after(error)
         self._codec = BatchCodec(self.block_size, self.batch_builder.max_blocks)
@@ -73,8 +74,7 @@ class ParallelRunner(ModelRunner):
 
     def close(self) -> None:
         """Ends the other ranks. Idempotent."""
-        self.workers.close()
-        self._restore_threads()
+        self._close(gently=True)
 
     @contextmanager
     def _all_ranks(self) -> Iterator[None]:
@@ -89,14 +89,18 @@ class ParallelRunner(ModelRunner):
         """Ends the other ranks, then raises what `error` comes from."""
         cause = self.workers.cause_of(error)
         self.failure = str(cause) or repr(cause)
-        self.workers.close(gently=False)
-        self._restore_threads()
-        raise cause from (error.__cause__ if cause is error else error)
+        self._close(gently=False)
+        try:
+            raise cause from (error.__cause__ if cause is error else error)
+        finally:
+            del cause, error  # else the traceback and this frame keep each other, and the model, alive
 
     def _check_ranks(self) -> None:
         self.workers.raise_if_killed()
 
-    def _restore_threads(self) -> None:
+    def _close(self, gently: bool) -> None:
+        self.workers.close(gently)
+        self.tp.disconnect()
         if torch.get_num_threads() == self._threads:  # else somebody has changed it since
             torch.set_num_threads(self._threads_before)
 

@@ -22,6 +22,8 @@ from multiprocessing.shared_memory import SharedMemory
 from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 
+from tqdm import tqdm
+
 CAPACITY = 2**18  # bytes of a message in shared memory at a time; a longer one goes in parts
 HEADER = 8  # bytes before it, in which stands how many are left
 NOTICE_SECONDS = 3.0  # by when a worker that broke a collective has ended or said why
@@ -204,6 +206,7 @@ def _main(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; rank 0 decides
     threading.Thread(target=_end_with_parent, args=(rendezvous.parent,), daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a named semaphore, which a process that is killed leaves behind
     pipe.send("up")
     try:
         work(rank, channel.receive, rendezvous, *args)

@@ -15,8 +15,10 @@ JOIN_TIMEOUT = timedelta(seconds=8)  # all ranks are up when they begin to join
 STEP_TIMEOUT = timedelta(minutes=30)  # a rank that ends is noticed at once; this is for one that hangs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TensorParallel:
+    """Shared by all layers of a rank's model."""
+
     rank: int = 0
     size: int = 1
     group: "dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None" = field(default=None, repr=False)
@@ -66,6 +68,10 @@ class TensorParallel:
         x = torch.tensor([value], device=device)
         self.group.allreduce([x], dist.ReduceOp.MIN).wait()
         return int(x)
+
+    def disconnect(self) -> None:
+        """Closes the group's sockets, threads and communicators; no collective is possible any more."""
+        self.group = None
 
 
 def connect(rank: int, size: int, device: torch.device, rendezvous: Path) -> TensorParallel:
