@@ -3,6 +3,8 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -42,7 +44,7 @@ class ParallelRunner(ModelRunner):
         try:
             torch.set_num_threads(self._threads)
             config.device = rank_device(config.device, 0)
-            self.tp = connect(0, size, config.device, self.workers.rendezvous)
+            self.tp = self._connect(size, config.device)
             if config.device.type == "cuda":
                 watched = self.workers.sentinels, self.tp.group
                 threading.Thread(target=_abort_when_one_ends, args=watched, daemon=True).start()
@@ -75,6 +77,22 @@ class ParallelRunner(ModelRunner):
     def close(self) -> None:
         """Ends the other ranks. Idempotent."""
         self._close(gently=True)
+
+    def _connect(self, size: int, device: torch.device) -> TensorParallel:
+        """Joins the group, in a thread that is given up if a worker ends meanwhile: it would wait for it too long."""
+        joined: Future[TensorParallel] = Future()
+
+        def join() -> None:
+            try:
+                joined.set_result(connect(0, size, device, self.workers.rendezvous))
+            except BaseException as error:
+                joined.set_exception(error)
+
+        threading.Thread(target=join, daemon=True).start()
+        while not joined.done():
+            wait_for_futures([joined], timeout=0.1)
+            self.workers.raise_if_failed()
+        return joined.result()
 
     @contextmanager
     def _all_ranks(self) -> Iterator[None]:

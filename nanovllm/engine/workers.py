@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-CAPACITY = 2**18  # bytes of a message in shared memory at a time; a longer one goes in parts
+CAPACITY = 2**16  # bytes of a message in shared memory at a time; a longer one goes in parts
 HEADER = 8  # bytes before it, in which stands how many are left
 NOTICE_SECONDS = 3.0  # by when a worker that broke a collective has ended or said why
 SETTLE_SECONDS = 0.3  # between the first failure noticed and the look at who was first
@@ -108,7 +108,7 @@ class Workers:
                 for pipe in wait(list(starting)):
                     starting.remove(pipe)
                     if _read(pipe) != "up":
-                        raise self._failure(NOTICE_SECONDS)
+                        raise self._failure()
         except BaseException:
             self.close(gently=False)
             raise

@@ -1,0 +1,234 @@
+"""However a rank fails or an engine ends, the caller hears why and soon, and nothing stays behind."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from helpers import ROOT, random_prompts, save_model
+from nanovllm import LLM, SamplingParams
+from nanovllm.config import Config
+from nanovllm.engine import parallel_runner
+from nanovllm.engine.model_runner import ModelRunner
+
+SETTINGS = {"kvcache_block_size": 8, "num_kvcache_blocks": 99, "dtype": "float32", "device": "cpu"}
+PATIENCE = 10  # seconds for a failure to be reported, or for a process to be gone
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save_model(path)
+    return path
+
+
+def start(path, size=2, **settings) -> LLM:
+    return LLM(str(path), tensor_parallel_size=size, **SETTINGS | settings)
+
+
+def generate(llm, max_tokens=4):
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    return llm.generate(random_prompts([9, 30]), params, use_tqdm=False)
+
+
+def worker_pids() -> list[int]:
+    """Children of this process but for multiprocessing's resource tracker, of which there is one for good."""
+    children = [c for c in psutil.Process().children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]
+    return [child.pid for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+
+
+def wait_until(condition, seconds=PATIENCE) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def traces() -> set[str]:
+    """What engines leave in shared memory and in the directory of temporary files while they live."""
+    shared = Path("/dev/shm").glob("*mp[-_s]*") if Path("/dev/shm").is_dir() else []
+    shared = [*shared, *(Path("/dev/shm").glob("psm_*") if Path("/dev/shm").is_dir() else [])]
+    directory = Path(os.environ.get("TMPDIR", "/tmp"))
+    return {str(found) for found in (*shared, *directory.glob("nanovllm-*"))}
+
+
+def listening() -> int:
+    return sum(c.status == psutil.CONN_LISTEN for c in psutil.Process().net_connections())
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    before = traces()
+    yield
+    gc.collect()
+    assert wait_until(lambda: not worker_pids() and traces() <= before and not listening())
+
+
+# ---- a worker fails
+
+
+@pytest.mark.parametrize("when", ["idle", "mid-step"])
+def test_a_killed_worker_is_named_and_closes_the_engine(path, when):
+    llm = start(path)
+    generate(llm)
+    [pid] = worker_pids()
+    threading.Timer(0.0 if when == "idle" else 0.3, os.kill, (pid, signal.SIGKILL)).start()
+    if when == "idle":
+        assert wait_until(lambda: not worker_pids())
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 was killed by SIGKILL"):
+        for _ in range(50):
+            generate(llm, max_tokens=400)
+    assert time.monotonic() - began < PATIENCE
+    assert not worker_pids() and not listening()
+    for call in (
+        lambda: generate(llm),
+        llm.step,
+        llm.is_finished,
+        lambda: llm.beam_search([[5]]),
+        lambda: llm.abort(0),
+    ):
+        with pytest.raises(RuntimeError, match=r"closed by a failure: .*rank 1 was killed by SIGKILL"):
+            call()
+    llm.exit()
+
+
+def test_a_worker_that_raises_is_reported_with_its_traceback_and_a_new_engine_starts(path):
+    llm = start(path)
+    generate(llm)
+    llm.model_runner.workers.publish("copy_blocks", [(10**6, 0)])
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 failed:.*in copy_blocks.*IndexError"):
+        llm.beam_search(random_prompts([9]))
+    assert time.monotonic() - began < PATIENCE
+    assert not worker_pids()
+    with start(path) as llm:
+        assert len(generate(llm)) == 2
+
+
+@pytest.mark.parametrize("phase", ["starting", "joining", "loading"])
+def test_a_worker_killed_during_construction_is_named(path, phase, monkeypatch):
+    killed_at = []
+
+    def kill():
+        killed_at.append(time.monotonic())
+        os.kill(worker_pids()[0], signal.SIGKILL)
+
+    if phase == "starting":
+        threading.Thread(target=lambda: (wait_until(worker_pids), time.sleep(0.2), kill())).start()
+    elif phase == "joining":
+        connect = parallel_runner.connect
+
+        def join_late(*args):
+            kill()
+            return connect(*args)
+
+        monkeypatch.setattr(parallel_runner, "connect", join_late)
+    else:
+        build = ModelRunner._build_model
+        monkeypatch.setattr(ModelRunner, "_build_model", lambda runner: kill() or time.sleep(0.2) or build(runner))
+    with pytest.raises(RuntimeError, match="rank 1 was killed by SIGKILL"):
+        start(path)
+    assert time.monotonic() - killed_at[0] < PATIENCE
+    assert not worker_pids()
+
+
+# ---- construction fails in rank 0
+
+
+def test_sizes_that_do_not_divide_the_model_are_refused_before_anything_starts(path, tmp_path):
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=3 .*num_attention_heads=4.* use one of \[1, 2, 4\]"):
+        start(path, size=3)
+    save_model(tmp_path, num_attention_heads=6, num_key_value_heads=3, intermediate_size=90)
+    with pytest.raises(ValueError, match=r"use one of \[1, 3, 6\]"):
+        Config(str(tmp_path), tensor_parallel_size=2)
+    assert Config(str(tmp_path), tensor_parallel_size=6).tensor_parallel_size == 6
+
+
+def test_what_rank_0_finds_wrong_is_raised_as_with_one_rank(path, tmp_path):
+    with pytest.raises(ValueError, match=r"the KV cache needs .* lower num_kvcache_blocks"):
+        start(path, num_kvcache_blocks=10**9)
+    assert not worker_pids()
+    save_model(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        start(tmp_path)
+
+
+# ---- ends
+
+
+def test_ten_engines_one_after_another_leave_nothing(path):
+    def usage():
+        gc.collect()
+        me = psutil.Process()
+        return {"fds": me.num_fds(), "threads": me.num_threads(), "children": len(me.children())}, me.memory_info().rss
+
+    for i in range(10):
+        llm = start(path)
+        generate(llm)
+        if i % 2:
+            llm.exit()
+            llm.exit()
+        del llm
+        if not i:
+            first, first_bytes = usage()
+    last, last_bytes = usage()
+    assert last == first and not worker_pids()
+    assert last_bytes < 1.05 * first_bytes
+
+
+SCRIPT = """
+import psutil
+from nanovllm import LLM, SamplingParams
+
+def main():
+    llm = LLM({path!r}, tensor_parallel_size=2, **{settings!r})
+    print(len(llm.generate([[5, 6]], SamplingParams(temperature=0), use_tqdm=False)), flush=True)
+    print(*[child.pid for child in psutil.Process().children()], flush=True)
+    {end}
+
+{guard}
+    main()
+"""
+
+
+def run_script(tmp_path, path, end="pass", guard="if __name__ == '__main__':", **kwargs) -> subprocess.Popen:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(path=str(path), settings=SETTINGS, end=end, guard=guard))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, str(script)], env=environment, cwd=tmp_path, **pipes)
+
+
+def test_a_script_that_never_calls_exit_ends_cleanly(path, tmp_path):
+    with run_script(tmp_path, path) as script:
+        out, err = script.communicate(timeout=50)
+    assert script.returncode == 0 and out.startswith("1\n")
+    assert "Traceback" not in err and "leaked" not in err
+
+
+def test_workers_end_when_their_parent_is_killed(path, tmp_path):
+    with run_script(tmp_path, path, end="import time; time.sleep(100)") as script:
+        assert script.stdout.readline() == "1\n"
+        pids = [int(pid) for pid in script.stdout.readline().split()]
+        assert len(pids) == 2 and all(map(psutil.pid_exists, pids))  # a worker and the resource tracker
+        script.kill()
+    assert wait_until(lambda: not any(map(psutil.pid_exists, pids)))
+
+
+def test_a_script_without_a_main_guard_is_told_so(path, tmp_path):
+    with run_script(tmp_path, path, guard="if True:") as script:
+        out, err = script.communicate(timeout=50)
+    assert script.returncode == 1 and out == ""
+    last_line = err.strip().splitlines()[-1]
+    assert "WorkerError: tensor-parallel rank 1" in last_line and 'if __name__ == "__main__"' in last_line
+    assert err.count("Traceback") == 2  # the parent's and its only child's
