@@ -88,6 +88,7 @@ class ParallelRunner(ModelRunner):
             except BaseException as error:
                 joined.set_exception(error)
 
+        self.workers.publish("join")  # only now: those that are up first would wait too long for the last
         threading.Thread(target=join, daemon=True).start()
         while not joined.done():
             wait_for_futures([joined], timeout=0.1)
@@ -138,6 +139,7 @@ def serve(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     config.device = rank_device(config.device, rank)
+    receive()  # "join"
     runner = ModelRunner(config, connect(rank, config.tensor_parallel_size, config.device, rendezvous))
     codec = BatchCodec(runner.block_size, runner.batch_builder.max_blocks)
     methods = {"forward": lambda message: runner.forward(codec.decode(message)), "copy_blocks": runner.copy_blocks}
