@@ -29,6 +29,7 @@ import gc
 import heapq
 import importlib.util
 import json
+import pickle
 import random
 import string
 import sys
@@ -48,6 +49,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine.batch import BatchBuilder
+from nanovllm.engine.batch_codec import BatchCodec
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import make_context, to_tensor
 from nanovllm.engine.scheduler import Scheduler
@@ -360,11 +362,14 @@ def shared_prefix(args: argparse.Namespace, config: Config) -> Figures:
 
 
 def control_plane(args: argparse.Namespace) -> Figures:
-    """Microseconds of a decode step's bookkeeping while no sequence finishes, and while one often does."""
+    """Of a decode step, while no sequence finishes and while one often does: microseconds of its bookkeeping, and
+    bytes that each further tensor-parallel rank is sent."""
     figures: Figures = {"num_seqs": args.num_seqs, "num_steps": args.num_steps}
     figures |= {"kvcache_block_size": args.kvcache_block_size, "finish_interval": FINISH_INTERVAL}
     for load, is_steady in (("steady", True), ("finishing", False)):
-        schedule, build, postprocess = 1e6 * bookkeeping_seconds(args, is_steady).T
+        *seconds, num_bytes = bookkeeping(args, is_steady).T
+        schedule, build, postprocess = 1e6 * np.array(seconds)
+        figures |= {f"{load}_bytes": float(np.median(num_bytes)), f"{load}_bytes_max": float(num_bytes.max())}
         parts = {"schedule": schedule, "postprocess": postprocess, "these_two": schedule + postprocess}
         for part, micros in (parts | {"build_tensors": build, "all": schedule + postprocess + build}).items():
             figures[f"{load}_{part}_us"] = float(np.median(micros))
@@ -372,14 +377,14 @@ def control_plane(args: argparse.Namespace) -> Figures:
     return figures
 
 
-def bookkeeping_seconds(args: argparse.Namespace, is_steady: bool) -> np.ndarray:
-    """[steps, 3] seconds of `schedule`, of building the tensors and of `postprocess`, with made-up tokens."""
+def bookkeeping(args: argparse.Namespace, is_steady: bool) -> np.ndarray:
+    """[steps, 4] seconds of `schedule`, of building the tensors and of `postprocess`, with made-up tokens; bytes."""
     num_seqs, block_size, rng = args.num_seqs, args.kvcache_block_size, random.Random(args.seed)
     prompts = make_workload({name: getattr(args, name) for name in LENGTHS}, args.seed).prompts
     longest = args.num_steps + 2 if is_steady else num_seqs * FINISH_INTERVAL
     max_blocks = -(-max(args.max_model_len, args.max_input_len + longest) // block_size)
     scheduler = Scheduler(BlockManager(num_seqs * (max_blocks + 1), block_size), num_seqs, args.max_num_batched_tokens)
-    builder = BatchBuilder(block_size, max_blocks)
+    builder, codec = BatchBuilder(block_size, max_blocks), BatchCodec(block_size, max_blocks)
     device = resolve_device(args.device)
 
     def add(seq_id: int, max_tokens: int) -> None:
@@ -388,8 +393,8 @@ def bookkeeping_seconds(args: argparse.Namespace, is_steady: bool) -> np.ndarray
 
     for i in range(num_seqs):
         add(i, longest if is_steady else (i + 1) * FINISH_INTERVAL)
-    seconds: list[tuple[float, float, float]] = []
-    while len(seconds) < args.num_steps:
+    steps: list[tuple[float, float, float, int]] = []
+    while len(steps) < args.num_steps:
         start = perf_counter()
         seqs, is_prefill = scheduler.schedule()
         scheduled = perf_counter()
@@ -405,11 +410,12 @@ def bookkeeping_seconds(args: argparse.Namespace, is_steady: bool) -> np.ndarray
         sampled = perf_counter()
         scheduler.postprocess(seqs, token_ids)
         if not is_prefill:
-            seconds.append((scheduled - start, built - scheduled, perf_counter() - sampled))
+            seconds = scheduled - start, built - scheduled, perf_counter() - sampled
+            steps.append((*seconds, len(pickle.dumps(codec.encode(batch), 5))))
         for seq in scheduler.finished:  # another one takes its place
             add(seq.seq_id + num_seqs, longest)
         scheduler.finished = []
-    return np.array(seconds)
+    return np.array(steps)
 
 
 # ---- reports: a label and a template for each line; a line of which a figure is unknown is left out
@@ -448,6 +454,15 @@ CONTROL_PLANE_REPORT = [
 for part in ("schedule", "postprocess", "these_two", "build_tensors", "all"):
     names = [f"{load}_{part}_us{kind}" for load in ("steady", "finishing") for kind in ("", "_mean")]
     CONTROL_PLANE_REPORT.append((part.replace("_", " "), "  ".join(f"{{{name}:7.0f}}" for name in names)))
+
+
+CONTROL_PLANE_REPORT += [
+    ("bytes per step", " median     most   median     most"),
+    (
+        "to other ranks",
+        "{steady_bytes:7.0f}  {steady_bytes_max:7.0f}  {finishing_bytes:7.0f}  {finishing_bytes_max:7.0f}",
+    ),
+]
 
 
 def show(figures: Figures, report: list[tuple[str, str]]) -> None:

@@ -135,7 +135,8 @@ def test_control_plane_needs_no_model(capsys):
     assert all(figures[f"{load}_all_us"] > figures[f"{load}_schedule_us"] > 0 for load in ("steady", "finishing"))
     bench.main(argv)
     labels = [line[:16].rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert labels[-5:] == ["schedule", "postprocess", "these two", "build tensors", "all"]
+    assert labels[-7:-2] == ["schedule", "postprocess", "these two", "build tensors", "all"]
+    assert labels[-2:] == ["bytes per step", "to other ranks"] and 0 < figures["steady_bytes"] < 16384
 
 
 @pytest.mark.parametrize(

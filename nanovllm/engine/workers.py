@@ -4,6 +4,7 @@ Calls go one way, through shared memory. Nothing comes back but, through a pipe 
 what it failed of. Knows nothing of models.
 """
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -113,18 +114,25 @@ class Workers:
             self.close(gently=False)
             raise
 
-    def publish(self, *message: object) -> None:
-        """Sends a message to every worker. Returns before they have read all of it.
+    def publish(self, *message: object, patience: float = math.inf) -> None:
+        """Sends a message to every worker, and returns before they have read all of it.
+
+        Args:
+            message: Must be picklable.
+            patience: Seconds to wait for workers that are still busy with the message before.
 
         Raises:
-            RuntimeError: A worker has failed.
+            WorkerError: A worker has failed, or was busy for too long.
         """
         data = pickle.dumps(message, protocol=5)
+        deadline = time.monotonic() + patience
         for start in range(0, len(data), CAPACITY):
             part = data[start : start + CAPACITY]
             for channel in self._channels:
                 while not channel.is_read.acquire(timeout=0.1):
                     self.raise_if_failed()
+                    if time.monotonic() > deadline:
+                        raise WorkerError(f"a tensor-parallel rank did not listen for {patience} s")
             self.raise_if_failed()
             self._memory.buf[:HEADER] = (len(data) - start).to_bytes(HEADER, "little")
             self._memory.buf[HEADER : HEADER + len(part)] = part
@@ -159,7 +167,7 @@ class Workers:
         """
         if gently and self._finalizer.alive:
             with suppress(WorkerError):
-                self.publish("exit")
+                self.publish("exit", patience=EXIT_SECONDS)
                 _join(self._processes)
         self._finalizer()
 
