@@ -86,7 +86,7 @@ class ParallelRunner(ModelRunner):
             try:
                 joined.set_result(connect(0, size, device, self.workers.rendezvous))
             except BaseException as error:
-                joined.set_exception(error)
+                joined.set_exception(error.with_traceback(None))  # which would keep sockets open
 
         self.workers.publish("join")  # only now: those that are up first would wait too long for the last
         threading.Thread(target=join, daemon=True).start()

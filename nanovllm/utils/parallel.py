@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-JOIN_TIMEOUT = timedelta(seconds=3)  # of each of several tries; all ranks are up when they begin to join
+JOIN_TIMEOUT = timedelta(seconds=2)  # of each of several tries; all ranks are up when they begin to join
 STEP_TIMEOUT = timedelta(minutes=30)  # a rank that ends is noticed at once; this is for one that hangs
 
 
