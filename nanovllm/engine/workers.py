@@ -220,8 +220,10 @@ def _main(
         work(rank, channel.receive, rendezvous, *args)
         os._exit(0)  # nothing is left to do, and Python would take a second to see that
     except BaseException:
-        with suppress(OSError):
+        try:
             pipe.send((time.time(), traceback.format_exc()))
+        except OSError:  # the parent is gone, and this may be seen before `_end_with_parent` sees it
+            shutil.rmtree(rendezvous.parent, ignore_errors=True)
         os._exit(1)  # at once: the others wait for this rank
 
 

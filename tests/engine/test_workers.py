@@ -217,11 +217,13 @@ def test_a_script_that_never_calls_exit_ends_cleanly(path, tmp_path):
     assert "Traceback" not in err and "leaked" not in err
 
 
-def test_workers_end_when_their_parent_is_killed(path, tmp_path):
-    with run_script(tmp_path, path, end="import time; time.sleep(100)") as script:
+@pytest.mark.parametrize("end", ["import time; time.sleep(100)", "while True: llm.generate([[5]], use_tqdm=False)"])
+def test_workers_end_when_their_parent_is_killed(path, tmp_path, end):
+    with run_script(tmp_path, path, end=end) as script:
         assert script.stdout.readline() == "1\n"
         pids = [int(pid) for pid in script.stdout.readline().split()]
         assert len(pids) == 2 and all(map(psutil.pid_exists, pids))  # a worker and the resource tracker
+        time.sleep(0.3)
         script.kill()
     assert wait_until(lambda: not any(map(psutil.pid_exists, pids)))
 
