@@ -28,6 +28,7 @@ from tqdm import tqdm
 CAPACITY = 2**16  # bytes of a message in shared memory at a time; a longer one goes in parts
 HEADER = 8  # bytes before it, in which stands how many are left
 NOTICE_SECONDS = 3.0  # by when a worker that broke a collective has ended or said why
+ORPHAN_SECONDS = 0.5  # in which a worker whose collective broke finds out that the parent has ended
 SETTLE_SECONDS = 0.3  # between the first failure noticed and the look at who was first
 REPORT_LENGTH = 2**14  # characters of a traceback's end; a pipe takes them without anyone reading
 EXIT_SECONDS = 3.0  # for workers to end: by themselves, then terminated, then killed
@@ -221,11 +222,11 @@ def _main(
         work(rank, channel.receive, rendezvous, *args)
         os._exit(0)  # nothing is left to do, and Python would take a second to see that
     except BaseException:
-        try:
+        with suppress(OSError):
             pipe.send((time.time(), traceback.format_exc()[-REPORT_LENGTH:]))
-        except OSError:  # the parent is gone, and this may be seen before `_end_with_parent` sees it
-            shutil.rmtree(rendezvous.parent, ignore_errors=True)
-        os._exit(1)  # at once: the others wait for this rank
+        if wait([multiprocessing.parent_process().sentinel], ORPHAN_SECONDS):
+            shutil.rmtree(rendezvous.parent, ignore_errors=True)  # what failed was the parent
+        os._exit(1)  # soon: the others wait for this rank
 
 
 def _end_with_parent(directory: Path) -> None:

@@ -69,7 +69,8 @@ def nothing_is_left_behind():
     before = traces()
     yield
     gc.collect()
-    assert wait_until(lambda: not worker_pids() and traces() <= before and not listening(), 20)
+    wait_until(lambda: not worker_pids() and traces() <= before and not listening(), 60)
+    assert (worker_pids(), traces() - before, listening()) == ([], set(), 0)
 
 
 # ---- a worker fails
