@@ -34,7 +34,7 @@ class Config:
         tensor_parallel_size: Processes that share the model, 1 to 8; on CUDA each has a GPU.
         enforce_eager: Run decode without CUDA graphs.
         kvcache_block_size: Tokens per block of the KV cache, also the unit of prefix caching.
-        num_kvcache_blocks: Blocks of the KV cache; -1 fills the memory budget (see `utils.device.cache_budget`).
+        num_kvcache_blocks: Blocks of the KV cache; -1 fills the memory budget (see `utils.device.default_cache_bytes`).
         hf_config: The model's configuration; read from `model` by default.
         eos: Token id or ids that end a completion; read from the checkpoint by default.
         dtype: "auto" (the checkpoint's, or what the device is fast in), "float32", "bfloat16" or "float16".
