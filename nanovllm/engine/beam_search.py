@@ -131,14 +131,12 @@ class _Search:
 
     def drop(self) -> None:
         """Ends the live beams, after an error."""
-        if self.engine.is_closed:
-            return
         seqs = [seq for seq, _ in self.live]
         for seq in seqs:
             seq.keeps_blocks = False
-        self.engine.scheduler.abort({seq.seq_id for seq in seqs})
-        self.engine.scheduler.drop_held(seqs)
-        self.engine.scheduler.finished = []
+        self.engine._drop(seqs)
+        if not self.engine.is_closed:
+            self.engine.scheduler.drop_held(seqs)
 
     def output(self) -> BeamOutput:
         outputs = [

@@ -84,7 +84,8 @@ class ModelRunner:
         try:
             hidden_states = self.model(to_tensor(batch.input_ids, self.device), to_tensor(batch.positions, self.device))
             if batch.prompt_logprob_rows is not None:
-                for rows in np.split(batch.prompt_logprob_rows, range(LOGPROB_ROWS, len(hidden_states), LOGPROB_ROWS)):
+                wanted = batch.prompt_logprob_rows
+                for rows in np.split(wanted, range(LOGPROB_ROWS, len(wanted), LOGPROB_ROWS)):
                     logits = self.model.lm_head.project(hidden_states[to_tensor(rows, self.device)])
                     if logits is not None:
                         score_prompts(rows, logits)

@@ -134,10 +134,11 @@ class Scheduler:
                 self._finish(self.waiting.popleft(), "length")
                 continue
             if not seq.block_table:
-                if self._waits_for_others(seq, seqs, being_computed):
+                hits = manager.match(seq)
+                if self._waits_for_others(seq, hits, seqs, being_computed):
                     deferred.append(self.waiting.popleft())
                     continue
-                if not self._attach_prefix(seq):
+                if not self._attach_prefix(seq, hits):
                     self._admission_failed = True
                     break
             num_tokens = min(budget, len(seq) - seq.num_computed_tokens)
@@ -160,15 +161,16 @@ class Scheduler:
         self.waiting.extendleft(reversed(chunked + deferred))
         return seqs
 
-    def _waits_for_others(self, seq: Sequence, seqs: list[Sequence], being_computed: set[int]) -> bool:
+    def _waits_for_others(
+        self, seq: Sequence, hits: list[Block], seqs: list[Sequence], being_computed: set[int]
+    ) -> bool:
         """Whether what `seq` needs next is somebody else's work in this very step: one step later it is a hit."""
         if seq.source is not None and seq.source in seqs:
             return True
-        num_hits = len(self.block_manager.match(seq))
         reusable = self.block_manager.hashes(seq)[: (len(seq) - 1) // self.block_manager.block_size]
-        return not seq.lacks_prompt_logprobs and num_hits < len(reusable) and reusable[num_hits] in being_computed
+        return not seq.lacks_prompt_logprobs and len(hits) < len(reusable) and reusable[len(hits)] in being_computed
 
-    def _attach_prefix(self, seq: Sequence) -> bool:
+    def _attach_prefix(self, seq: Sequence, hits: list[Block]) -> bool:
         """Gives `seq` what is computed of it already, if the cache will hold the rest of it too."""
         manager, source = self.block_manager, seq.source
         if source is not None and source.status is SequenceStatus.RUNNING and not seq.num_completion_tokens:
@@ -178,7 +180,6 @@ class Scheduler:
                 return False
             manager.fork(source, seq, shared)
             return True
-        hits = manager.match(seq)
         if not self._admits(seq, hits):
             return False
         manager.attach(seq, hits)
