@@ -3,7 +3,8 @@
     python bench.py                                  # the shape of Qwen3-0.6B, random weights, nothing to download
     python bench.py --model Qwen/Qwen3-0.6B          # real weights: a directory or an id of the hub
     python bench.py --model DIR --load-format dummy  # random weights in the shape that DIR/config.json describes
-    python bench.py --engine transformers            # the same workload through another engine (or vllm)
+    python bench.py --engine transformers            # the same workload through another engine (vllm, openvino)
+    python bench.py --save-checkpoint DIR            # writes the default model with random weights, for --model DIR
     python bench.py --shared-prefix-len 512          # what the prefix cache saves
     python bench.py --control-plane                  # what scheduling costs; needs no model
 
@@ -31,6 +32,8 @@ import importlib.util
 import json
 import pickle
 import random
+import re
+import shutil
 import string
 import sys
 import tempfile
@@ -38,13 +41,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
@@ -194,11 +197,17 @@ def measure_bandwidth(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on CUDA the most that PyTorch had allocated, on a CPU the most that the process had resident."""
+    """Bytes: on CUDA the most that PyTorch had allocated, on a CPU the most that a process had resident, of this one
+    and (on Linux) those that it started."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    process = psutil.Process()
     if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
+        return process.memory_info().peak_wset
+    if sys.platform == "linux":
+        pids = [process.pid, *(child.pid for child in process.children(recursive=True))]
+        statuses = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
+        return 1024 * max(int(peak) for status in statuses for peak in re.findall(r"VmHWM:\s*(\d+) kB", status))
     import resource  # Windows has none
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -270,7 +279,7 @@ def open_vllm(args: argparse.Namespace, config: Config) -> Generate:
     for ours, theirs in (("kvcache_block_size", "block_size"), ("num_kvcache_blocks", "num_gpu_blocks_override")):
         if getattr(args, ours) != CONFIG_DEFAULTS[ours]:
             options[theirs] = getattr(args, ours)
-    options |= {"dtype": dtype_name(config), "max_model_len": config.max_model_len}
+    options |= {"dtype": dtype_name(config), "max_model_len": config.max_model_len} | args.engine_args
     llm = vllm.LLM(str(config.model_path), skip_tokenizer_init=True, **options)
     common = {"temperature": args.temperature, "ignore_eos": True, "detokenize": False}
 
@@ -283,7 +292,32 @@ def open_vllm(args: argparse.Namespace, config: Config) -> Generate:
     return generate
 
 
-ENGINES = {"nanovllm": open_nanovllm, "transformers": open_transformers, "vllm": open_vllm}
+def open_openvino(args: argparse.Namespace, config: Config) -> Generate:
+    """OpenVINO GenAI's continuous batching of a model that `optimum-cli export openvino` made; the cache grows."""
+    import openvino
+    import openvino_genai
+
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.max_num_seqs, scheduler.max_num_batched_tokens = args.max_num_seqs, args.max_num_batched_tokens
+    properties = {"INFERENCE_PRECISION_HINT": {"bfloat16": "bf16", "float16": "f16"}.get(dtype_name(config), "f32")}
+    path = str(config.model_path)
+    pipeline = openvino_genai.ContinuousBatchingPipeline(path, scheduler, "CPU", properties | args.engine_args)
+    common = {"ignore_eos": True, "do_sample": args.temperature > 0, "rng_seed": args.seed}
+    if args.temperature > 0:
+        common |= {"temperature": args.temperature, "top_p": 1.0}
+
+    def generate(workload: Workload) -> Figures:
+        prompts = [openvino.Tensor(np.array([prompt], dtype=np.int64)) for prompt in workload.prompts]
+        params = [openvino_genai.GenerationConfig(max_new_tokens=n, **common) for n in workload.output_lens]
+        return {"output_tokens": sum(len(out.m_generation_ids[0]) for out in pipeline.generate(prompts, params))}
+
+    return generate
+
+
+ENGINES = {
+    "nanovllm": open_nanovllm, "transformers": open_transformers, "vllm": open_vllm, "openvino": open_openvino,
+}  # fmt: skip
+PACKAGES = {"vllm": "vllm", "openvino": "openvino_genai"}  # not among nanovllm's requirements
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, int | str | bool]:
@@ -322,13 +356,13 @@ def throughput(args: argparse.Namespace, config: Config) -> Figures:
     start = perf_counter()
     generate = ENGINES[args.engine](args, config)
     generate(Workload([[1] * 16], [4]))
-    startup_seconds = perf_counter() - start
+    startup_seconds, python_seconds = perf_counter() - start, time() - psutil.Process().create_time()
     figures: Figures = {"engine": args.engine, "model": args.model or "the shape of Qwen3-0.6B"}
     figures |= engine_options(args) | lengths | {"temperature": args.temperature, "dtype": dtype_name(config)}
     figures["device"] = torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else "cpu"
     figures |= {"threads": torch.get_num_threads(), "prompt_tokens": workload.prompt_tokens}
-    figures |= {"startup_seconds": startup_seconds} | timed(generate, workload)
-    if args.engine != "vllm":  # which computes in a process of its own
+    figures |= {"startup_seconds": startup_seconds, "python_seconds": python_seconds} | timed(generate, workload)
+    if args.engine != "vllm" or config.device.type == "cpu":  # its own process has allocated what is on CUDA
         figures["peak_gbytes"] = peak_memory(config.device) / 1e9
     del generate
     gc.collect()  # the engine's memory goes before the machine is measured
@@ -427,7 +461,7 @@ THROUGHPUT_REPORT = [
                  "{max_output_len}, seed {seed}, temperature {temperature}"),
     ("prompt tokens", "{prompt_tokens:11,d}"),
     ("output tokens", "{output_tokens:11,d}"),
-    ("start-up", "{startup_seconds:11,.2f} s"),
+    ("start-up", "{startup_seconds:11,.2f} s  ({python_seconds:.2f} s since Python started)"),
     ("time", "{seconds:11,.2f} s"),
     ("output", "{output_tokens_per_s:11,.1f} tok/s"),
     ("total", "{total_tokens_per_s:11,.1f} tok/s"),
@@ -483,6 +517,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what to measure instead of throughput").add_mutually_exclusive_group()
     group.add_argument("--shared-prefix-len", type=positive, metavar="N", help="prefill with N common tokens")
     group.add_argument("--control-plane", action="store_true", help="scheduling alone, of classic's prompts")
+    group.add_argument("--save-checkpoint", metavar="DIR", help="nothing: write the default model, random weights")
     group = parser.add_argument_group("workload (classic on CUDA, small on a CPU)")
     for name in LENGTHS:
         text = f"classic {CLASSIC[name]}, small {SMALL[name]}"
@@ -495,6 +530,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--model", metavar="M", help="a directory or an id of the hub (the shape of Qwen3-0.6B)")
     group.add_argument("--load-format", choices=("auto", "dummy"), help="dummy: random weights (auto with --model)")
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    text = "a JSON object of the engine's own settings: arguments of vllm.LLM, properties of OpenVINO"
+    group.add_argument("--engine-args", type=json.loads, metavar="JSON", default={}, help=text)
     for name, text in ENGINE_OPTIONS.items():
         default = CONFIG_DEFAULTS[name]
         group.add_argument(flag(name), type=type(default), metavar="X", default=default, help=f"{text} (%(default)s)")
@@ -517,8 +554,13 @@ def complete(args: argparse.Namespace) -> None:
     Raises:
         ValueError: The arguments contradict each other or ask for what is not there.
     """
-    if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ValueError("--engine vllm needs the package vllm, which is not installed (pip install vllm)")
+    package = PACKAGES.get(args.engine)
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"--engine {args.engine} needs the package {package}, which is not installed")
+    if args.engine == "openvino" and not (args.model and Path(args.model, "openvino_model.xml").is_file()):
+        raise ValueError("--engine openvino needs a --model that `optimum-cli export openvino` made")
+    if args.engine_args and args.engine not in PACKAGES:
+        raise ValueError(f"--engine-args are for {' and '.join(PACKAGES)}, not for {args.engine}")
     if args.load_format == "auto" and not args.model:
         raise ValueError("--load-format auto needs --model")
     args.load_format = args.load_format or ("auto" if args.model else "dummy")
@@ -560,9 +602,22 @@ def model_directory(model: str | None) -> Iterator[str]:
         yield path
 
 
+def save_checkpoint(path: Path, seed: int) -> None:
+    """Writes random weights in the shape of Qwen3-0.6B, and the demo model's tokenizer (whose vocabulary is smaller)
+    for engines that insist on one."""
+    torch.manual_seed(seed)
+    with model_directory(None) as config_path:
+        hf_config = AutoConfig.from_pretrained(config_path)
+    AutoModelForCausalLM.from_config(hf_config).to(torch.bfloat16).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(__file__).parent / "assets" / "nano-qwen3" / name, path)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.save_checkpoint:
+        return save_checkpoint(Path(args.save_checkpoint), args.seed)
     with model_directory(args.model) as model:
         try:
             complete(args)

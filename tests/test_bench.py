@@ -1,9 +1,12 @@
 """The benchmark's workload and floor are what its text says, and every way to call it works. No timings are tested."""
 
 import json
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from helpers import ROOT, make_config, save_model
 
@@ -115,6 +118,64 @@ def test_transformers_runs_in_batches_of_max_num_seqs(tiny_model, capsys):
     assert figures["num_seqs"] == 3
 
 
+def test_openvino_needs_a_model_of_its_own(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name == "openvino_genai" or None)
+    with pytest.raises(SystemExit):
+        bench.main([*tiny_model, "--engine", "openvino"])
+    assert "optimum-cli" in capsys.readouterr().err
+
+
+def test_openvino_is_given_the_workload_and_the_settings(tmp_path, monkeypatch, capsys):
+    """With stand-ins for the two modules, of which only the names that are used exist."""
+    made = {}
+
+    class Pipeline:
+        def __init__(self, path, scheduler, device, properties):
+            made.update(path=path, batched=scheduler.max_num_batched_tokens, properties=properties)
+
+        def generate(self, prompts, params):
+            made.update(prompts=[prompt.tolist() for prompt in prompts], params=params)
+            return [SimpleNamespace(m_generation_ids=[[1] * param["max_new_tokens"]]) for param in params]
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Tensor=lambda array: array))
+    genai = {"SchedulerConfig": SimpleNamespace, "ContinuousBatchingPipeline": Pipeline, "GenerationConfig": dict}
+    monkeypatch.setitem(sys.modules, "openvino_genai", SimpleNamespace(__spec__=object(), **genai))
+    monkeypatch.setattr(bench, "measure_flop_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr(bench, "measure_bandwidth", lambda device: 1e10)
+    make_config(architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
+    (tmp_path / "openvino_model.xml").touch()
+    argv = ["--engine", "openvino", "--model", str(tmp_path), *SMALL, "--device", "cpu", "--dtype", "bfloat16"]
+    figures = figures_of(
+        capsys, *argv, "--max-num-batched-tokens", "2048", "--engine-args", '{"KV_CACHE_PRECISION": "f32"}'
+    )
+    workload = bench.make_workload({name: figures[name] for name in bench.LENGTHS}, vocab_size=307)
+    assert made["prompts"] == [[prompt] for prompt in workload.prompts]
+    assert [param["max_new_tokens"] for param in made["params"]] == workload.output_lens
+    assert all(param["ignore_eos"] and param["temperature"] == 0.6 for param in made["params"])
+    assert made["path"] == str(tmp_path) and made["batched"] == 2048
+    assert made["properties"] == {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "f32"}
+
+
+def test_saved_checkpoint_runs(tmp_path, monkeypatch, capsys):
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 307, "head_dim": 16}
+    monkeypatch.setattr(bench, "QWEN3_0_6B", bench.QWEN3_0_6B | tiny | {"bos_token_id": 1, "eos_token_id": 2})
+    monkeypatch.setattr(bench, "MEASURING_SECONDS", 0.01)
+    bench.main(["--save-checkpoint", str(tmp_path)])
+    argv = ["--model", str(tmp_path), "--num-seqs", "1", "--max-input-len", "40", "--max-output-len", "34"]
+    assert figures_of(capsys, *argv, "--max-model-len", "128", "--device", "cpu")["dtype"] == "bfloat16"
+    assert (tmp_path / "tokenizer.json").is_file()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child's peak")
+def test_peak_memory_is_that_of_the_largest_process():
+    code = "x = bytearray(2 << 30); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        during = bench.peak_memory(torch.device("cpu"))
+        child.communicate(b"\n")
+    assert during > 2 << 30 and bench.peak_memory(torch.device("cpu")) < during
+
+
 def test_real_weights_and_real_rates(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "MEASURING_SECONDS", 0.01)
     save_model(tmp_path)
@@ -150,6 +211,9 @@ def test_control_plane_needs_no_model(capsys):
         (["--model", "no such directory"], "no such directory"),
         (["--load-format", "auto"], "--model"),
         (["--engine", "vllm"], "not installed"),
+        (["--engine", "openvino"], "openvino_genai, which is not installed"),
+        (["--engine-args", "{'a': 1}"], "--engine-args"),
+        (["--engine-args", '{"a": 1}'], "not for nanovllm"),
     ],
 )
 def test_mistakes_are_explained(monkeypatch, capsys, argv, message):
