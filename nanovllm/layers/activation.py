@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from nanovllm.layers.fused import fused_ops
+
 
 def silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate) * up
+    ops = fused_ops(gate)
+    return ops.silu_and_mul(gate, up) if ops else F.silu(gate) * up

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from nanovllm.layers.fused import fused_ops
+
 
 class RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float):
@@ -16,7 +18,9 @@ class RMSNorm(nn.Module):
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return x32.to(x.dtype) * self.weight
 
-    def add_norm(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the norm of `x + residual`, and that sum: the residual stream after the addition."""
-        residual = x + residual
+    def add_norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the norm of `x + residual`, and that sum: the residual stream (None: there was none) after it."""
+        if ops := fused_ops(x):
+            return ops.add_rms_norm(x, residual, self.weight, self.eps)
+        residual = x if residual is None else x + residual
         return self(residual), residual

@@ -5,6 +5,9 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from nanovllm.layers.fused import fused_ops
+from nanovllm.layers.layernorm import RMSNorm
+
 
 def rope_settings(config: PretrainedConfig) -> dict:
     """`rope_type`, `rope_theta` and the scaling's own values, wherever this version of transformers keeps them."""
@@ -46,9 +49,15 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", (angles.sin() * scale).to(torch.get_default_device()), persistent=False)
 
     def forward(
-        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotates [T, heads, head_dim] queries and keys by their [T] positions, in fp32."""
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor,
+        q_norm: RMSNorm | None = None, k_norm: RMSNorm | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Rotates [T, heads, head_dim] queries and keys, after their norms if any, by their [T] positions, in fp32."""
+        if ops := fused_ops(query):
+            weights, eps = ((q_norm.weight, k_norm.weight), q_norm.eps) if q_norm else ((None, None), 0.0)
+            return ops.norm_rope(query, key, *weights, eps, self.cos, self.sin, positions)
+        if q_norm:
+            query, key = q_norm(query), k_norm(key)
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         return _rotate(query, cos, sin), _rotate(key, cos, sin)
 

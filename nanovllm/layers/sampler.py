@@ -5,6 +5,8 @@ Legend: S sequences, V vocabulary, C tokens in a chunk of it.
 
 import torch
 
+from nanovllm.layers.fused import fused_ops
+
 CHUNK = 512
 
 
@@ -25,6 +27,8 @@ def sample(
     Returns:
         [S] int64.
     """
+    if ops := fused_ops(logits):
+        return ops.sample(logits, temperatures, uniforms)
     maxima, greedy = logits.max(-1)
     if temperatures is None:
         return greedy

@@ -39,10 +39,9 @@ class Qwen3Attention(nn.Module):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv_proj(hidden_states)
-        q = self.q_norm(q.view(-1, self.attn.num_heads, self.attn.head_dim))  # [T, H, D]
-        k = self.k_norm(k.view(-1, self.attn.num_kv_heads, self.attn.head_dim))  # [T, KH, D]
-        v = v.view(-1, self.attn.num_kv_heads, self.attn.head_dim)
-        q, k = self.rotary_emb(positions, q, k)
+        q = q.view(-1, self.attn.num_heads, self.attn.head_dim)  # [T, H, D]
+        k, v = (x.view(-1, self.attn.num_kv_heads, self.attn.head_dim) for x in (k, v))  # [T, KH, D]
+        q, k = self.rotary_emb(positions, q, k, self.q_norm, self.k_norm)
         return self.o_proj(self.attn(q, k, v).flatten(1))
 
 
@@ -66,7 +65,7 @@ class Qwen3DecoderLayer(nn.Module):
         self.mlp = Qwen3MLP(config, tp)
 
     def forward(
-        self, positions: torch.Tensor, x: torch.Tensor, residual: torch.Tensor
+        self, positions: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes and returns this layer's addition to the residual stream, and the stream without it."""
         hidden_states, residual = self.input_layernorm.add_norm(x, residual)
@@ -84,7 +83,7 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        hidden_states, residual = self.embed_tokens(input_ids), 0
+        hidden_states, residual = self.embed_tokens(input_ids), None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
         return self.norm.add_norm(hidden_states, residual)[0]
