@@ -142,6 +142,16 @@ def test_silu_and_mul_of_large_gates_is_finite(ops):
     assert ops.silu_and_mul(gate, torch.ones_like(gate)).tolist() == [[0.0, 0.0, *gate[0, 2:].tolist()]]
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # in the interpreter, and meant
+@pytest.mark.parametrize("logit", [-torch.inf, torch.nan])
+def test_a_row_without_a_distribution_still_gives_a_token(ops, poisoned, logit):
+    """Which one means nothing, but one outside the vocabulary would end the process at the next embedding."""
+    logits = torch.full((3, 3000), logit, device=DEVICE)
+    temperatures, uniforms = torch.tensor([0.0, 1.0, 1e30], device=DEVICE), torch.full((3,), 1 - 2**-53).double()
+    tokens = ops.sample(logits, temperatures, uniforms.to(DEVICE))
+    assert ((tokens >= 0) & (tokens < 3000)).all()
+
+
 def test_the_engine_computes_the_same_through_the_kernels(ops, tmp_path, monkeypatch):
     save_model(tmp_path)
     prompts, params = random_prompts([3, 17, 1]), SamplingParams(temperature=0.5, max_tokens=6, seed=1)
