@@ -25,9 +25,6 @@ class ParallelRunner(ModelRunner):
 
     A failure while the ranks work together ends them all, for they can no longer agree on where they are.
 
-    Args:
-        config: The engine's settings.
-
     Raises:
         ValueError: See `ModelRunner`.
         RuntimeError: Another rank failed; the message has its number and its traceback or exit code.
@@ -35,13 +32,13 @@ class ParallelRunner(ModelRunner):
 
     def __init__(self, config: Config):
         size = config.tensor_parallel_size
-        self._is_set_up = False
+        self._codec: BatchCodec | None = None  # until all ranks are set up
         self.tp = TensorParallel()
         self._threads_before = torch.get_num_threads()
         is_chosen = config.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
         self._threads = self._threads_before if is_chosen else max(1, self._threads_before // size)
         self.workers = Workers(size, serve, config, None if is_chosen else self._threads)
-        try:
+        with self._failing_together():
             torch.set_num_threads(self._threads)
             config.device = rank_device(config.device, 0)
             self.tp = self._connect(size, config.device)
@@ -49,18 +46,15 @@ class ParallelRunner(ModelRunner):
                 watched = self.workers.sentinels, self.tp.group
                 threading.Thread(target=_abort_when_one_ends, args=watched, daemon=True).start()
             super().__init__(config, self.tp)
-        except BaseException as error:
-            self._end_after(error)
         self._codec = BatchCodec(self.block_size, self.batch_builder.max_blocks)
-        self._is_set_up = True
 
     def forward(
         self, batch: Batch, score_prompts: Callable[[np.ndarray, torch.Tensor], None] | None = None
     ) -> torch.Tensor | None:
         """As `ModelRunner.forward`, on all ranks."""
-        if not self._is_set_up:  # every rank is measuring its own memory
+        if self._codec is None:  # every rank is measuring its own memory
             return super().forward(batch, score_prompts)
-        with self._all_ranks():
+        with interrupts_held(), self._failing_together():
             self.workers.publish("forward", self._codec.encode(batch))
             logits = super().forward(batch, score_prompts)
             if self.device.type == "cuda":  # here, and not later, the failure of another rank is to be noticed
@@ -70,13 +64,16 @@ class ParallelRunner(ModelRunner):
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """As `ModelRunner.copy_blocks`, on all ranks."""
-        with self._all_ranks():
+        with interrupts_held(), self._failing_together():
             self.workers.publish("copy_blocks", copies)
             super().copy_blocks(copies)
 
     def close(self) -> None:
         """Ends the other ranks. Idempotent."""
-        self._close(gently=True)
+        self.workers.close()
+        self.tp.disconnect()
+        if torch.get_num_threads() == self._threads:  # else somebody has changed it since
+            torch.set_num_threads(self._threads_before)
 
     def _connect(self, size: int, device: torch.device) -> TensorParallel:
         """Joins the group, in a thread that is given up if a worker ends meanwhile: it would wait for it too long."""
@@ -88,7 +85,7 @@ class ParallelRunner(ModelRunner):
             except BaseException as error:
                 joined.set_exception(error.with_traceback(None))  # which would keep sockets open
 
-        self.workers.publish("join")  # only now: those that are up first would wait too long for the last
+        self.workers.publish("join")  # once all are up: the first would wait too long for the last
         threading.Thread(target=join, daemon=True).start()
         while not joined.done():
             wait_for_futures([joined], timeout=0.1)
@@ -96,32 +93,21 @@ class ParallelRunner(ModelRunner):
         return joined.result()
 
     @contextmanager
-    def _all_ranks(self) -> Iterator[None]:
-        """Around what all ranks do together."""
-        with interrupts_held():
-            try:
-                yield
-            except BaseException as error:
-                self._end_after(error)
-
-    def _end_after(self, error: BaseException) -> None:
-        """Ends the other ranks, then raises what `error` comes from."""
-        cause = self.workers.cause_of(error)
-        self.failure = str(cause) or repr(cause)
-        self._close(gently=False)
+    def _failing_together(self) -> Iterator[None]:
+        """Ends all ranks if the block fails, and raises what that comes from."""
         try:
-            raise cause from (error.__cause__ if cause is error else error)
-        finally:
-            del cause, error  # else the traceback and this frame keep each other, and the model, alive
+            yield
+        except BaseException as error:
+            cause = self.workers.cause_of(error)
+            self.failure = str(cause) or repr(cause)
+            self.close()
+            try:
+                raise cause from (error.__cause__ if cause is error else error)
+            finally:
+                del cause  # else the traceback and this frame keep each other, and the model, alive
 
     def _check_ranks(self) -> None:
         self.workers.raise_if_killed()
-
-    def _close(self, gently: bool) -> None:
-        self.workers.close(gently)
-        self.tp.disconnect()
-        if torch.get_num_threads() == self._threads:  # else somebody has changed it since
-            torch.set_num_threads(self._threads_before)
 
 
 def serve(
@@ -144,8 +130,8 @@ def serve(
     codec = BatchCodec(runner.block_size, runner.batch_builder.max_blocks)
     methods = {"forward": lambda message: runner.forward(codec.decode(message)), "copy_blocks": runner.copy_blocks}
     with torch.inference_mode():
-        while (message := receive())[0] != "exit":
-            method, *args = message
+        while True:
+            method, *args = receive()
             methods[method](*args)
 
 
