@@ -181,6 +181,15 @@ def test_special_tokens_stay_in_the_ids_and_leave_the_text(llm, checkpoint):
 # ---- streams
 
 
+def test_a_stream_repeats_nothing_while_its_text_is_shorter_than_a_stop_string(llm):
+    [prompt] = prompts_for(llm, [9], seed=3)
+    for length in range(2, 12):
+        params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop="#" * length)
+        [expected] = generate(llm, [prompt], params)
+        assert len(expected["text"]) > 12
+        assert "".join(piece["text"] for piece in llm.generate_stream([prompt], params)) == expected["text"]
+
+
 def test_leaving_a_stream_frees_its_sequences(llm):
     prompts = prompts_for(llm, [20, 30])
     params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)

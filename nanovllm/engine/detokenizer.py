@@ -6,8 +6,10 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.engine.sequence import Sequence
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, seq: Sequence) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase | None, seq: Sequence) -> str:
     """The text of a completion, without the token that ended it unless `include_stop_str_in_output`."""
+    if tokenizer is None:
+        return ""
     token_ids, params = seq.completion_token_ids, seq.params
     if _ends_with_stop_token(seq) and not params.include_stop_str_in_output:
         token_ids.pop()
@@ -20,11 +22,7 @@ class TextStream:
     """The text of one completion as it grows, up to the first stop string.
 
     A character whose bytes are spread over tokens appears when it is complete. What could still become a stop string
-    is held back from `take_delta`.
-
-    Args:
-        tokenizer: A fast one.
-        seq: Whose completion it is.
+    is held back from `take_delta`. Needs a fast tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seq: Sequence):
@@ -48,22 +46,22 @@ class TextStream:
             self._append(self._stream.step(self._tokenizer.backend_tokenizer, token_id) or "")
         return self.stop
 
-    def finish(self) -> None:
-        """Completes `text` with what the stream still waited for: bytes that never became a character."""
+    def finish(self) -> str:
+        """The whole text, with what the stream still waited for: bytes that never became a character."""
         if self.stop is None:
             self._append(decode(self._tokenizer, self._seq).removeprefix(self.text))
-        self._held_back = 0
+        return self.text
 
     def take_delta(self) -> str:
-        """The text that is certain and was not taken yet."""
-        end = len(self.text) - (0 if self.stop else self._held_back)
-        delta = self.text[self._num_taken : end]
-        self._num_taken = max(self._num_taken, end)
-        return delta
+        """The text that is certain and was not taken yet; all of it once the sequence has finished."""
+        start = self._num_taken
+        end = len(self.finish()) if self._seq.finish_reason else len(self.text) - self._held_back
+        self._num_taken = max(start, end)
+        return self.text[start : self._num_taken]
 
     def _append(self, piece: str) -> None:
         params = self._seq.params
-        start = max(0, len(self.text) - max(map(len, params.stop), default=1) + 1)
+        start = max(0, len(self.text) - self._held_back)
         self.text += piece
         if not piece or self._num_fed <= params.min_tokens:
             return

@@ -28,21 +28,32 @@ def as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, (SequenceOf, np.ndarray)):
-        raise TypeError(f"prompts must be a list of strings or of token-id lists, got {shorten(prompts)}")
+        raise TypeError(f"prompts must be a list of strings or of token-id lists, got {_shorten(prompts)}")
     if len(prompts) and isinstance(prompts[0], (int, np.integer)):
         raise TypeError("prompts must be a list of prompts; for one prompt of token ids pass [token_ids]")
     return list(prompts)
 
 
-def broadcast(params: SamplingParams | SequenceOf[SamplingParams] | None, n: int) -> list[SamplingParams]:
-    """One `SamplingParams` for each of `n` prompts."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * n
+def check_requests(
+    prompts: list[Prompt],
+    params: SamplingParams | SequenceOf[SamplingParams] | None,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[tuple[np.ndarray, SamplingParams]]:
+    """Token ids and parameters of each prompt.
+
+    Raises:
+        TypeError, ValueError: See `LLM.generate`.
+    """
+    n = len(prompts)
+    params = [params or SamplingParams()] * n if params is None or isinstance(params, SamplingParams) else params
     if not isinstance(params, SequenceOf) or not all(isinstance(p, SamplingParams) for p in params):
-        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {shorten(params)}")
+        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {_shorten(params)}")
     if len(params) != n:
         raise ValueError(f"sampling_params has {len(params)} entries for {n} prompts; give one for all or one for each")
-    return list(params)
+    for i, p in enumerate(params):
+        _check_params(p, f"sampling_params[{i}]", config, tokenizer)
+    return list(zip(encode(prompts, config, tokenizer), params, strict=True))
 
 
 def encode(prompts: list[Prompt], config: Config, tokenizer: PreTrainedTokenizerBase | None) -> list[np.ndarray]:
@@ -65,7 +76,7 @@ def _check_prompt(ids: SequenceOf[int], name: str, config: Config) -> np.ndarray
     if array.size == 0 and array.ndim == 1:
         raise ValueError(f"{name} is empty: give it at least one token")
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be a string or a list of token ids, got {shorten(ids)}")
+        raise TypeError(f"{name} must be a string or a list of token ids, got {_shorten(ids)}")
     _check_vocabulary(name, array, config)
     if array.size >= config.max_model_len:
         raise ValueError(
@@ -80,16 +91,13 @@ def _check_prompt(ids: SequenceOf[int], name: str, config: Config) -> np.ndarray
     return array.astype(np.int32)
 
 
-def check_params(params: list[SamplingParams], config: Config, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Raises where parameters do not fit this model: ids outside the vocabulary, texts without a tokenizer."""
-    for i, p in enumerate(params):
-        for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            ids = np.array(list(getattr(p, field) or ()), dtype=np.int64)
-            _check_vocabulary(f"sampling_params[{i}].{field}", ids, config)
-        if p.stop and not getattr(tokenizer, "is_fast", False):
-            raise ValueError(f"sampling_params[{i}].stop needs a model with a fast tokenizer; use stop_token_ids")
-        if p.bad_words and tokenizer is None:
-            raise ValueError(f"sampling_params[{i}].bad_words needs a model with a tokenizer; use logit_bias")
+def _check_params(p: SamplingParams, name: str, config: Config, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        _check_vocabulary(f"{name}.{field}", np.array(list(getattr(p, field) or ()), dtype=np.int64), config)
+    if p.stop and not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{name}.stop needs a model with a fast tokenizer; use stop_token_ids")
+    if p.bad_words and tokenizer is None:
+        raise ValueError(f"{name}.bad_words needs a model with a tokenizer; use logit_bias")
 
 
 def encode_bad_words(params: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -108,13 +116,13 @@ def sibling_params(params: SamplingParams) -> SamplingParams:
     return params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
 
 
-def shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _check_vocabulary(name: str, ids: np.ndarray, config: Config) -> None:
     vocab_size = config.hf_config.vocab_size
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.size:
         raise ValueError(f"{name} has the token id {outside[0]}, outside the vocabulary of {vocab_size}")
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -15,16 +15,7 @@ from xxhash import xxh64_intdigest
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import TextStream, decode
-from nanovllm.engine.inputs import (
-    Prompt,
-    as_list,
-    broadcast,
-    check_params,
-    encode,
-    encode_bad_words,
-    load_tokenizer,
-    sibling_params,
-)
+from nanovllm.engine.inputs import Prompt, as_list, check_requests, encode_bad_words, load_tokenizer, sibling_params
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.parallel_runner import ParallelRunner
 from nanovllm.engine.scheduler import Scheduler
@@ -69,10 +60,7 @@ class LLMEngine:
         self.exit()
 
     def exit(self) -> None:
-        """Gives the model's memory back and ends the processes of other ranks.
-
-        Idempotent; also happens when the engine is garbage or Python ends.
-        """
+        """Gives the model's memory back and ends other ranks. Idempotent; `del` and the end of Python do it too."""
         self._finalizer()
 
     @property
@@ -95,15 +83,11 @@ class LLMEngine:
         Raises:
             TypeError, ValueError: See `generate`.
         """
-        [seqs] = self._enqueue([prompt], sampling_params, is_owned=False)
+        [seqs] = self._add(self._checked([prompt], sampling_params), is_owned=False)
         return seqs[0].seq_id
 
     def abort(self, seq_id: int) -> bool:
-        """Ends a request where it is, with what it has generated and `finish_reason` "abort".
-
-        Returns:
-            Whether it was still unfinished.
-        """
+        """Ends a request with what it has, and `finish_reason` "abort"; returns whether it was still unfinished."""
         self._check_open()
         self.scheduler.abort({seq_id})
         return any(seq.seq_id == seq_id for seq in self._take_finished())
@@ -151,7 +135,7 @@ class LLMEngine:
             ValueError: A prompt is empty, too long for the model or the cache, or has ids outside the vocabulary;
                 there are more or fewer `sampling_params` than prompts; or some do not fit the model.
         """
-        requests = self._enqueue(as_list(prompts), sampling_params)
+        requests = self._add(self._checked(as_list(prompts), sampling_params))
         seqs = [seq for request in requests for seq in request]
         try:
             self._run(seqs, use_tqdm)
@@ -170,8 +154,7 @@ class LLMEngine:
         what `generate` returns. Leaving the iterator frees its sequences.
 
         Args:
-            prompts: As for `generate`.
-            sampling_params: As for `generate`.
+            prompts, sampling_params: As for `generate`.
 
         Yields:
             Dicts with `index` (of the prompt), `completion` (below `n`), `text` and `token_ids` (what is new; text may
@@ -179,59 +162,52 @@ class LLMEngine:
             until the completion's last piece.
 
         Raises:
-            TypeError, ValueError: See `generate`.
+            TypeError, ValueError: See `generate`; also when the model's tokenizer is a slow one.
         """
         self._check_open()
         if self.tokenizer is not None and not self.tokenizer.is_fast:
             raise ValueError("streaming needs a model with a fast tokenizer (a tokenizer.json)")
-        return self._stream(*self._check(as_list(prompts), sampling_params))
+        return self._stream(self._checked(as_list(prompts), sampling_params))
 
     # ---- inside
 
-    def _check(
+    def _checked(
         self, prompts: list[Prompt], sampling_params: SamplingParams | SequenceOf[SamplingParams] | None
-    ) -> tuple[list[np.ndarray], list[SamplingParams]]:
+    ) -> list[tuple[np.ndarray, SamplingParams]]:
         """Token ids and parameters of each prompt, or an error that says what is wrong."""
-        params = broadcast(sampling_params, len(prompts))
-        check_params(params, self.config, self.tokenizer)
-        return encode(prompts, self.config, self.tokenizer), params
-
-    def _enqueue(
-        self,
-        prompts: list[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
-        is_owned: bool = True,
-    ) -> list[list[Sequence]]:
-        """Queues prompts, all or none; returns the `n` sequences of each."""
         self._check_open()
-        encoded, params = self._check(prompts, sampling_params)
-        return [self._add(ids, p, is_owned) for ids, p in zip(encoded, params, strict=True)]
+        return check_requests(prompts, sampling_params, self.config, self.tokenizer)
 
     def _add(
-        self, token_ids: np.ndarray, params: SamplingParams, is_owned: bool, is_streamed: bool = False
-    ) -> list[Sequence]:
-        """Makes the `n` sequences of a checked prompt; all but the first share the first's blocks."""
-        seqs: list[Sequence] = []
-        bad_words_ids = encode_bad_words(params, self.tokenizer) if params.bad_words else []
-        for i in range(params.n):
-            # Each completion has a random stream of its own, so what else runs beside it does not change its draws.
-            origin = f"{self.config.seed} {self._num_sequences}" if params.seed is None else f"seed {params.seed} {i}"
-            seq = Sequence(
-                self._num_sequences,
-                token_ids.tolist(),
-                sibling_params(params) if i else params,
-                self.config.eos_token_ids,
-                self.config.max_model_len,
-                xxh64_intdigest(origin.encode()),
-                seqs[0] if i else None,
-            )
-            seq.bad_words_ids, seq.is_owned = bad_words_ids, is_owned
-            if params.stop or (is_streamed and self.tokenizer is not None):
-                self._texts[seq.seq_id] = TextStream(self.tokenizer, seq)
-            self._num_sequences += 1
-            self.scheduler.add(seq)
-            seqs.append(seq)
-        return seqs
+        self, requests: list[tuple[np.ndarray, SamplingParams]], is_owned: bool = True, is_streamed: bool = False
+    ) -> list[list[Sequence]]:
+        """Queues checked requests; returns the `n` sequences of each, of which the others share the first's blocks."""
+        added = []
+        for token_ids, params in requests:
+            bad_words_ids = encode_bad_words(params, self.tokenizer)
+            seqs: list[Sequence] = []
+            for i in range(params.n):
+                seq_id = self._num_sequences
+                # Each completion has a random stream of its own, so what else runs beside it does not change its draws.
+                origin = f"{self.config.seed} {seq_id}" if params.seed is None else f"seed {params.seed} {i}"
+                seq = Sequence(
+                    seq_id,
+                    token_ids.tolist(),
+                    sibling_params(params) if i else params,
+                    self.config.eos_token_ids,
+                    self.config.max_model_len,
+                    xxh64_intdigest(origin.encode()),
+                    seqs[0] if i else None,
+                    bad_words_ids,
+                    is_owned,
+                )
+                if params.stop or (is_streamed and self.tokenizer is not None):
+                    self._texts[seq_id] = TextStream(self.tokenizer, seq)
+                self._num_sequences += 1
+                self.scheduler.add(seq)
+                seqs.append(seq)
+            added.append(seqs)
+        return added
 
     def _step(self) -> tuple[list[Sequence], int]:
         """One step; returns the sequences that finished, whosever they are, and its tokens as `step` does."""
@@ -285,42 +261,30 @@ class LLMEngine:
                     rates = {is_prefill: tokens[is_prefill] / max(seconds[is_prefill], 1e-9) for is_prefill in tokens}
                     progress.set_postfix_str(f"prefill {rates[True]:.0f} tok/s, decode {rates[False]:.0f} tok/s", False)
 
-    def _stream(self, encoded: list[np.ndarray], params: list[SamplingParams]) -> Iterator[StreamDelta]:
+    def _stream(self, checked: list[tuple[np.ndarray, SamplingParams]]) -> Iterator[StreamDelta]:
         self._check_open()
-        requests = [self._add(ids, p, is_owned=True, is_streamed=True) for ids, p in zip(encoded, params, strict=True)]
-        unfinished = [(seq, index, i) for index, request in enumerate(requests) for i, seq in enumerate(request)]
-        seqs = [seq for seq, _, _ in unfinished]
-        num_yielded = dict.fromkeys(seqs, 0)
+        requests = self._add(checked, is_streamed=True)
+        unfinished = {seq: (index, i) for index, request in enumerate(requests) for i, seq in enumerate(request)}
+        num_yielded = dict.fromkeys(unfinished, 0)
         try:
             while unfinished:
                 self._step()
-                going = []
-                for seq, index, completion in unfinished:
-                    is_last = seq.status is SequenceStatus.FINISHED
-                    if not is_last:
-                        going.append((seq, index, completion))
+                for seq, (index, completion) in list(unfinished.items()):
                     token_ids = seq.token_ids[seq.num_prompt_tokens + num_yielded[seq] :].tolist()
                     num_yielded[seq] += len(token_ids)
-                    if token_ids or is_last:
+                    if seq.finish_reason:
+                        del unfinished[seq]
+                    if token_ids or seq.finish_reason:
                         yield StreamDelta(
                             index=index,
                             completion=completion,
-                            text=self._text_delta(seq, is_last),
+                            text=self._texts[seq.seq_id].take_delta() if seq.seq_id in self._texts else "",
                             token_ids=token_ids,
-                            finish_reason=seq.finish_reason if is_last else None,
-                            stop_reason=seq.stop_reason if is_last else None,
+                            finish_reason=seq.finish_reason,
+                            stop_reason=seq.stop_reason,
                         )
-                unfinished = going
         finally:
-            self._drop(seqs)
-
-    def _text_delta(self, seq: Sequence, is_last: bool) -> str:
-        if self.tokenizer is None:
-            return ""
-        text = self._texts[seq.seq_id]
-        if is_last:
-            text.finish()
-        return text.take_delta()
+            self._drop(list(num_yielded))
 
     def _drop(self, seqs: list[Sequence]) -> None:
         """Ends what is unfinished of a call's sequences, and forgets them."""
@@ -331,8 +295,7 @@ class LLMEngine:
             self._texts.pop(seq.seq_id, None)
 
     def _request_output(self, seqs: list[Sequence]) -> RequestOutput:
-        completions = [self._completion_output(seq) for seq in seqs]
-        first = seqs[0]
+        first, completions = seqs[0], [self._completion_output(seq) for seq in seqs]
         output: RequestOutput = {
             **completions[0],
             "prompt_logprobs": None if first.params.prompt_logprobs is None else first.prompt_logprobs,
@@ -343,15 +306,9 @@ class LLMEngine:
         return output
 
     def _completion_output(self, seq: Sequence) -> CompletionOutput:
-        text = ""
-        if seq.seq_id in self._texts:
-            self._texts[seq.seq_id].finish()
-            text = self._texts[seq.seq_id].text
-        elif self.tokenizer is not None:
-            text = decode(self.tokenizer, seq)
         logprobs = None if seq.params.logprobs is None else seq.logprobs[: seq.num_completion_tokens]
         return {
-            "text": text,
+            "text": self._texts[seq.seq_id].finish() if seq.seq_id in self._texts else decode(self.tokenizer, seq),
             "token_ids": seq.completion_token_ids,
             "finish_reason": seq.finish_reason,
             "stop_reason": seq.stop_reason,
