@@ -33,11 +33,7 @@ class BatchBuilder:
     """Builds a `Batch` from sequences that the scheduler chose.
 
     As long as the same sequences decode step after step, their arrays are advanced in place: a length grows by one,
-    and a row of the block table changes once in `block_size` steps.
-
-    Args:
-        block_size: Tokens per block.
-        max_blocks: Columns of a full block table.
+    and a row of the block table, which has `max_blocks` columns, changes once in `block_size` steps.
     """
 
     def __init__(self, block_size: int, max_blocks: int):
@@ -66,7 +62,7 @@ class BatchBuilder:
             context_lens=(starts + lens).astype(np.int32),
             cu_seqlens_q=cu_seqlens_q,
             block_tables=block_tables if starts.any() else None,
-            **_draw(_random_state(seqs), starts + lens),
+            **_draw(*_random_state(seqs), starts + lens),
             rows_with_options=_rows_with_options(seqs),
             prompt_logprob_rows=_prompt_logprob_rows(seqs, rows, positions),
         )
@@ -94,7 +90,7 @@ class BatchBuilder:
             slot_mapping=find_slots(self._tables, self._rows, positions, self.block_size),
             context_lens=self._lens.astype(np.int32),
             block_tables=self._tables,
-            **_draw(self._random, self._lens),
+            **_draw(*self._random, self._lens),
             rows_with_options=self._rows_with_options,
             seq_ids=self._seq_ids,
         )
@@ -124,30 +120,21 @@ def _prompt_logprob_rows(seqs: list[Sequence], rows: np.ndarray, positions: np.n
     return np.flatnonzero(positions + 1 < prompt_lens[rows]) if prompt_lens.any() else None
 
 
-def _random_state(seqs: list[Sequence]) -> tuple[np.ndarray, np.ndarray] | None:
-    """[S] temperatures and [S] keys of the random streams, or None if nothing is random."""
+def _random_state(seqs: list[Sequence]) -> tuple[np.ndarray | None, np.ndarray]:
+    """[S] temperatures, or None if all are greedy, and [S] keys of the random streams."""
     temperatures = np.array([seq.temperature for seq in seqs], dtype=np.float32)
-    if not temperatures.any():
-        return None
-    return temperatures, np.array([seq.rng_key for seq in seqs], dtype=np.uint64)
+    return temperatures if temperatures.any() else None, np.array([seq.rng_key for seq in seqs], dtype=np.uint64)
 
 
-def _draw(random_state: tuple[np.ndarray, np.ndarray] | None, counters: np.ndarray) -> dict[str, np.ndarray]:
-    if random_state is None:
-        return {}
-    temperatures, keys = random_state
-    return {"temperatures": temperatures, "uniforms": splitmix64(keys, counters)}
+def _draw(temperatures: np.ndarray | None, keys: np.ndarray, counters: np.ndarray) -> dict[str, np.ndarray]:
+    return {} if temperatures is None else {"temperatures": temperatures, "uniforms": splitmix64(keys, counters)}
 
 
 def splitmix64(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
-    """Element `counters[i]` of random stream `keys[i]`, as a float64 in [0, 1) with 53 random bits.
+    """Element `counters[i]` of stream `keys[i]` ([S] uint64), as [S] float64 in [0, 1) with 53 random bits.
 
     A counter instead of a state: a token's draw depends on its request and its position, whatever runs beside it
     and however often it was preempted. SplitMix64 (Steele, Lea and Flood, 2014, doi:10.1145/2714064.2660195).
-
-    Args:
-        keys: [S] uint64.
-        counters: [S] non-negative integers.
     """
     z = keys + counters.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from nanovllm.engine.detokenizer import decode
 from nanovllm.engine.inputs import Prompt, as_list, encode
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.outputs import BeamHypothesis, BeamOutput
@@ -75,13 +76,6 @@ def beam_search(
     return outputs
 
 
-@dataclass(frozen=True, slots=True)
-class _Hypothesis:
-    score: float
-    token_ids: list[int]
-    finish_reason: str
-
-
 class _Search:
     """The search over one prompt: its live beams, best first, and the best finished hypotheses."""
 
@@ -93,10 +87,9 @@ class _Search:
         # So many that `beam_width` remain when each beam's best tokens are all end-of-sequence ones.
         self.num_candidates = max(2, 1 + len(self.eos)) * params.beam_width
         self.one_step = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=self.num_candidates)
-        self.finished: list[_Hypothesis] = []
-        root = self._sequence(prompt)
-        self.live: list[tuple[Sequence, float]] = [(root, 0.0)]  # with sums of log-probabilities
-        engine.scheduler.add(root)
+        self.finished: list[BeamHypothesis] = []  # best first
+        self.live: list[tuple[Sequence, float]] = [(self._sequence(prompt), 0.0)]  # with sums of log-probabilities
+        engine.scheduler.add(self.live[0][0])
 
     def advance(self) -> None:
         """Once every live beam has run a step, replaces them by their best continuations."""
@@ -111,19 +104,18 @@ class _Search:
             for token_id, logprob in entry["top"]
         ]
         candidates.sort(key=lambda candidate: -candidate[0])
-        candidates = candidates[: self.num_candidates]
-        ended = [length >= self.max_tokens or token_id in self.eos for _, _, token_id in candidates]
-        for (score, seq, token_id), has_ended in zip(candidates[:width], ended, strict=False):
-            if has_ended:
-                reason = "stop" if token_id in self.eos else "length"
-                self._finish(score, [*seq.token_ids[self.num_prompt_tokens : -1], token_id], reason)
+        going = []
+        for rank, (score, seq, token_id) in enumerate(candidates[: self.num_candidates]):
+            if length < self.max_tokens and token_id not in self.eos:
+                going.append((score, seq, token_id))
+            elif rank < width:
+                self._finish(score, [*seq.token_ids[self.num_prompt_tokens : -1], token_id])
         for seq, score in parents:
             if not seq.logprobs:  # the cache could not hold it, even alone
-                self._finish(score, seq.token_ids[self.num_prompt_tokens :].tolist(), "length")
-        going = [candidate for candidate, has_ended in zip(candidates, ended, strict=True) if not has_ended][:width]
+                self._finish(score, seq.token_ids[self.num_prompt_tokens :].tolist())
         self.live = []
         if going and not self._is_decided(going[0][0] / length**self.params.length_penalty):
-            for score, seq, token_id in going:
+            for score, seq, token_id in going[:width]:
                 child = self._sequence([*seq.token_ids[:-1], token_id])
                 self.engine.scheduler.fork(seq, child)
                 self.live.append((child, score))
@@ -139,36 +131,33 @@ class _Search:
             self.engine.scheduler.drop_held(seqs)
 
     def output(self) -> BeamOutput:
-        outputs = [
-            BeamHypothesis(
-                text=self._text(found), token_ids=found.token_ids, score=found.score, finish_reason=found.finish_reason
-            )
-            for found in self.finished
-        ]
-        return {**outputs[0], "outputs": outputs}
+        return {**self.finished[0], "outputs": self.finished}
 
     def _sequence(self, token_ids: list[int]) -> Sequence:
         """A hypothesis that runs for one step and then keeps its blocks, for its children."""
-        engine = self.engine
-        seq = Sequence(engine._num_sequences, token_ids, self.one_step, max_len=engine.config.max_model_len)
-        engine._num_sequences += 1
-        seq.keeps_blocks = seq.is_owned = True
-        return seq
+        self.engine._num_sequences += 1
+        return Sequence(
+            self.engine._num_sequences - 1,
+            token_ids,
+            self.one_step,
+            max_len=self.engine.config.max_model_len,
+            is_owned=True,
+            keeps_blocks=True,
+        )
 
-    def _finish(self, total: float, token_ids: list[int], reason: str) -> None:
-        score = total / max(len(token_ids), 1) ** self.params.length_penalty
-        self.finished.append(_Hypothesis(score, token_ids, reason))
-        self.finished.sort(key=lambda hypothesis: -hypothesis.score)
+    def _finish(self, total: float, token_ids: list[int]) -> None:
+        has_stopped = token_ids[-1:] != [] and token_ids[-1] in self.eos
+        self.finished.append(
+            {
+                "text": decode(self.engine.tokenizer, token_ids[:-1] if has_stopped else token_ids),
+                "token_ids": token_ids,
+                "score": total / max(len(token_ids), 1) ** self.params.length_penalty,
+                "finish_reason": "stop" if has_stopped else "length",
+            }
+        )
+        self.finished.sort(key=lambda hypothesis: -hypothesis["score"])
         del self.finished[self.params.beam_width :]
 
     def _is_decided(self, best_live: float) -> bool:
         is_full = len(self.finished) == self.params.beam_width
-        return is_full and (self.params.early_stopping or best_live <= self.finished[-1].score)
-
-    def _text(self, found: _Hypothesis) -> str:
-        if self.engine.tokenizer is None:
-            return ""
-        end = -1 if found.finish_reason == "stop" else None
-        return self.engine.tokenizer.decode(
-            found.token_ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return is_full and (self.params.early_stopping or best_live <= self.finished[-1]["score"])

@@ -79,18 +79,15 @@ class BlockManager:
             uid = block.uid
         return hits
 
-    def attach(self, seq: Sequence, hits: list[Block]) -> None:
-        """Gives a sequence that holds no blocks the cached prefix that `match` found."""
-        self._share(seq, hits, len(hits) * self.block_size)
+    def blocks_of(self, seq: Sequence, num_tokens: int) -> list[Block]:
+        """The blocks of the first `num_tokens` tokens of `seq`."""
+        return [self.blocks[i] for i in seq.block_table[: self.num_blocks_for(num_tokens)]]
 
-    def fork(self, source: Sequence, seq: Sequence, num_tokens: int) -> None:
-        """Lets `seq`, which holds no blocks, share those of the first `num_tokens` tokens of `source`.
+    def attach(self, seq: Sequence, blocks: list[Block], num_tokens: int) -> None:
+        """Gives `seq`, which holds no blocks, those of its first `num_tokens` tokens: a cached prefix, or another's.
 
         The last of them may be partly filled: whoever writes to it first while it is shared takes a copy.
         """
-        self._share(seq, [self.blocks[i] for i in source.block_table[: self.num_blocks_for(num_tokens)]], num_tokens)
-
-    def _share(self, seq: Sequence, blocks: list[Block], num_tokens: int) -> None:
         assert not seq.block_table
         for block in blocks:
             if block.ref_count == 0:
@@ -103,8 +100,8 @@ class BlockManager:
 
     def num_blocks_missing(self, seq: Sequence, num_tokens: int) -> int:
         """How many more blocks `seq` needs to compute its next `num_tokens` tokens."""
-        missing = self.num_blocks_for(seq.num_computed_tokens + num_tokens) - len(seq.block_table)
-        return missing + self._must_copy(seq)
+        needed = self.num_blocks_for(seq.num_computed_tokens + num_tokens)
+        return needed - len(seq.block_table) + self._must_copy(seq)
 
     def allocate(self, seq: Sequence, num_tokens: int) -> None:
         """Gives the next `num_tokens` tokens of `seq` slots that no other sequence reads."""
@@ -134,20 +131,19 @@ class BlockManager:
 
     def publish(self, seq: Sequence, num_tokens: int) -> None:
         """Enters into the prefix cache the blocks that `seq` has just filled by computing `num_tokens` tokens."""
-        end = seq.num_computed_tokens // self.block_size
-        for k in range((seq.num_computed_tokens - num_tokens) // self.block_size, end):
+        start, end = seq.num_computed_tokens - num_tokens, seq.num_computed_tokens
+        for k in range(start // self.block_size, end // self.block_size):
             block = self.blocks[seq.block_table[k]]
             block.parent_uid = self.blocks[seq.block_table[k - 1]].uid if k else ROOT
             block.tokens = self._tokens(seq, k)
             block_hash = self.hashes(seq)[k]
             twin = self.cached.get(block_hash)
-            if twin is not None and twin.parent_uid == block.parent_uid and twin.tokens == block.tokens:
+            if twin is not None and (twin.parent_uid, twin.tokens) == (block.parent_uid, block.tokens):
                 block.uid = twin.uid  # the same content is cached already; this copy stays private
                 continue
             if twin is not None:  # a collision, or an orphan whose parent was evicted: the newest wins
                 twin.hash = None
-            block.uid = next(self._uids)
-            block.hash = block_hash
+            block.uid, block.hash = next(self._uids), block_hash
             self.cached[block_hash] = block
 
     def free(self, seq: Sequence) -> None:

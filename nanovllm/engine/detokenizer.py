@@ -6,16 +6,16 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.engine.sequence import Sequence
 
 
-def decode(tokenizer: PreTrainedTokenizerBase | None, seq: Sequence) -> str:
-    """The text of a completion, without the token that ended it unless `include_stop_str_in_output`."""
+def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+    """The text of token ids, empty for a model without a tokenizer."""
     if tokenizer is None:
         return ""
-    token_ids, params = seq.completion_token_ids, seq.params
-    if _ends_with_stop_token(seq) and not params.include_stop_str_in_output:
-        token_ids.pop()
-    return tokenizer.decode(
-        token_ids, skip_special_tokens=params.skip_special_tokens, clean_up_tokenization_spaces=False
-    )
+    return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
+def completion_text(tokenizer: PreTrainedTokenizerBase | None, seq: Sequence) -> str:
+    """The text of a completion, without the token that ended it unless `include_stop_str_in_output`."""
+    return decode(tokenizer, _visible(seq, 0), seq.params.skip_special_tokens)
 
 
 class TextStream:
@@ -37,11 +37,8 @@ class TextStream:
 
     def feed(self) -> str | None:
         """Reads the sequence's new tokens; returns the stop string that they completed, if any."""
-        seq, params = self._seq, self._seq.params
-        new = seq.token_ids[seq.num_prompt_tokens + self._num_fed :].tolist()
-        self._num_fed += len(new)
-        if new and _ends_with_stop_token(seq) and not params.include_stop_str_in_output:
-            new.pop()
+        new = _visible(self._seq, self._num_fed)
+        self._num_fed = self._seq.num_completion_tokens
         for token_id in new:
             self._append(self._stream.step(self._tokenizer.backend_tokenizer, token_id) or "")
         return self.stop
@@ -49,7 +46,7 @@ class TextStream:
     def finish(self) -> str:
         """The whole text, with what the stream still waited for: bytes that never became a character."""
         if self.stop is None:
-            self._append(decode(self._tokenizer, self._seq).removeprefix(self.text))
+            self._append(completion_text(self._tokenizer, self._seq).removeprefix(self.text))
         return self.text
 
     def take_delta(self) -> str:
@@ -72,5 +69,8 @@ class TextStream:
             self.text = self.text[: end if params.include_stop_str_in_output else end - len(self.stop)]
 
 
-def _ends_with_stop_token(seq: Sequence) -> bool:
-    return seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
+def _visible(seq: Sequence, start: int) -> list[int]:
+    """The completion's tokens from `start` on, without one that ended it unless `include_stop_str_in_output`."""
+    token_ids = seq.token_ids[seq.num_prompt_tokens + start :].tolist()
+    ends_with_stop_token = seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
+    return token_ids[:-1] if ends_with_stop_token and not seq.params.include_stop_str_in_output else token_ids

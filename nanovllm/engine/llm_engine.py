@@ -14,7 +14,7 @@ from xxhash import xxh64_intdigest
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.detokenizer import TextStream, decode
+from nanovllm.engine.detokenizer import TextStream, completion_text
 from nanovllm.engine.inputs import Prompt, as_list, check_requests, encode_bad_words, load_tokenizer, sibling_params
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.parallel_runner import ParallelRunner
@@ -306,9 +306,10 @@ class LLMEngine:
         return output
 
     def _completion_output(self, seq: Sequence) -> CompletionOutput:
+        text = self._texts.get(seq.seq_id)
         logprobs = None if seq.params.logprobs is None else seq.logprobs[: seq.num_completion_tokens]
         return {
-            "text": self._texts[seq.seq_id].finish() if seq.seq_id in self._texts else decode(self.tokenizer, seq),
+            "text": completion_text(self.tokenizer, seq) if text is None else text.finish(),
             "token_ids": seq.completion_token_ids,
             "finish_reason": seq.finish_reason,
             "stop_reason": seq.stop_reason,

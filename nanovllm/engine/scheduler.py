@@ -12,12 +12,8 @@ class Scheduler:
     """Owns every unfinished sequence.
 
     `waiting` holds, oldest first, those with something to prefill; only its head may hold blocks (a prompt of
-    which some chunks are computed). `running` holds those of which all tokens but the last are in the cache.
-
-    Args:
-        block_manager: The cache's accounting.
-        max_num_seqs: Most sequences in `running`.
-        max_num_batched_tokens: Most tokens computed in one prefill step.
+    which some chunks are computed). `running` holds, at most `max_num_seqs` long, those of which all tokens but the
+    last are in the cache. `max_num_batched_tokens` is what a prefill step may compute.
     """
 
     def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
@@ -41,11 +37,10 @@ class Scheduler:
         self.waiting.append(seq)
 
     def schedule(self) -> tuple[list[Sequence], bool]:
-        """Chooses the sequences of the next step and allocates the slots that it will write.
+        """Chooses the sequences of the next step, sets their `num_scheduled_tokens` and allocates the slots to write.
 
-        Returns:
-            The sequences, each with `num_scheduled_tokens` set, and whether the step is a prefill. Empty if nothing
-            is left to run, which also happens when the last sequence has outgrown the cache (see `finished`).
+        Also says whether the step is a prefill. No sequences: nothing is left to run, which also happens when the last
+        one has outgrown the cache (see `finished`).
         """
         seqs = self._schedule_prefill() if self.waiting and not self._admission_failed else []
         while self.waiting and self.held and not seqs and not self.running:  # those that keep blocks are in the way
@@ -56,12 +51,7 @@ class Scheduler:
         return self._schedule_decode(), False
 
     def postprocess(self, seqs: list[Sequence], token_ids: list[int]) -> None:
-        """Records that `seqs` were computed and sampled `token_ids`. A chunk's token is dropped unless it is the last.
-
-        Args:
-            seqs: What `schedule` returned.
-            token_ids: The token sampled for each.
-        """
+        """Records that `seqs` were computed and sampled `token_ids`, dropped where a prompt is not complete."""
         block_size = self.block_manager.block_size
         any_finished = False
         for seq, token_id in zip(seqs, token_ids, strict=True):
@@ -85,10 +75,7 @@ class Scheduler:
     def requeue(self, seqs: list[Sequence]) -> None:
         """Takes back a `schedule` whose step failed: `seqs` wait again and keep their tokens, not their blocks."""
         for seq in reversed(seqs):
-            if seq.status is SequenceStatus.RUNNING:
-                self.running.remove(seq)
-            else:
-                self.waiting.remove(seq)
+            (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
             self._release(seq)
             # Behind a prompt of which some chunks are computed, which stays the head.
             self.waiting.insert(1 if self.waiting and self.waiting[0].block_table else 0, seq)
@@ -104,7 +91,8 @@ class Scheduler:
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Adds `child`, which is what `parent` has in the cache and one token more, without recomputing it."""
         if parent.block_table and len(self.running) < self.max_num_seqs:
-            self.block_manager.fork(parent, child, parent.num_computed_tokens)
+            shared = parent.num_computed_tokens
+            self.block_manager.attach(child, self.block_manager.blocks_of(parent, shared), shared)
             assert child.num_computed_tokens == len(child) - 1
             child.status = SequenceStatus.RUNNING
             self.running.append(child)
@@ -123,11 +111,11 @@ class Scheduler:
     # ---- prefill
 
     def _schedule_prefill(self) -> list[Sequence]:
-        manager = self.block_manager
+        manager, block_size = self.block_manager, self.block_manager.block_size
         budget = self.max_num_batched_tokens
         seqs: list[Sequence] = []
         deferred: list[Sequence] = []
-        being_computed: set[int] = set()  # hashes of the blocks that this step will fill
+        computing: set[int] = set()  # hashes of the blocks that this step will fill
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             if manager.num_blocks_for(len(seq)) > len(manager.blocks):  # outgrew the cache, then was preempted
@@ -135,7 +123,7 @@ class Scheduler:
                 continue
             if not seq.block_table:
                 hits = manager.match(seq)
-                if self._waits_for_others(seq, hits, seqs, being_computed):
+                if self._waits_for_others(seq, hits, seqs, computing):
                     deferred.append(self.waiting.popleft())
                     continue
                 if not self._attach_prefix(seq, hits):
@@ -150,8 +138,7 @@ class Scheduler:
             budget -= num_tokens
             seqs.append(seq)
             end = seq.num_computed_tokens + num_tokens
-            block_range = slice(seq.num_computed_tokens // manager.block_size, end // manager.block_size)
-            being_computed.update(manager.hashes(seq)[block_range])
+            computing.update(manager.hashes(seq)[seq.num_computed_tokens // block_size : end // block_size])
             if end < len(seq):
                 break  # a chunk: the budget is spent, and it stays at the head
             self.waiting.popleft()
@@ -161,28 +148,23 @@ class Scheduler:
         self.waiting.extendleft(reversed(chunked + deferred))
         return seqs
 
-    def _waits_for_others(
-        self, seq: Sequence, hits: list[Block], seqs: list[Sequence], being_computed: set[int]
-    ) -> bool:
+    def _waits_for_others(self, seq: Sequence, hits: list[Block], seqs: list[Sequence], computing: set[int]) -> bool:
         """Whether what `seq` needs next is somebody else's work in this very step: one step later it is a hit."""
         if seq.source is not None and seq.source in seqs:
             return True
         reusable = self.block_manager.hashes(seq)[: (len(seq) - 1) // self.block_manager.block_size]
-        return not seq.lacks_prompt_logprobs and len(hits) < len(reusable) and reusable[len(hits)] in being_computed
+        return not seq.lacks_prompt_logprobs and len(hits) < len(reusable) and reusable[len(hits)] in computing
 
     def _attach_prefix(self, seq: Sequence, hits: list[Block]) -> bool:
         """Gives `seq` what is computed of it already, if the cache will hold the rest of it too."""
         manager, source = self.block_manager, seq.source
+        num_tokens = len(hits) * manager.block_size
         if source is not None and source.status is SequenceStatus.RUNNING and not seq.num_completion_tokens:
-            shared = seq.num_prompt_tokens - 1  # of the last token it needs the logits
-            hits = [manager.blocks[i] for i in source.block_table[: manager.num_blocks_for(shared)]]
-            if not self._admits(seq, hits) or not manager.num_free_blocks:
-                return False
-            manager.fork(source, seq, shared)
-            return True
-        if not self._admits(seq, hits):
+            num_tokens = seq.num_prompt_tokens - 1  # of the last token it needs the logits
+            hits = manager.blocks_of(source, num_tokens)
+        if not manager.num_free_blocks or not self._admits(seq, hits):
             return False
-        manager.attach(seq, hits)
+        manager.attach(seq, hits, num_tokens)
         return True
 
     def _admits(self, seq: Sequence, hits: list[Block]) -> bool:
@@ -211,8 +193,7 @@ class Scheduler:
     # ---- decode
 
     def _schedule_decode(self) -> list[Sequence]:
-        manager = self.block_manager
-        block_size = manager.block_size
+        manager, block_size = self.block_manager, self.block_manager.block_size
         growing = [seq for seq in self.running if len(seq.token_ids) > len(seq.block_table) * block_size]
         forked, self._forked = self._forked, []
         for seq in growing + forked:  # oldest first

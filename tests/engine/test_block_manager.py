@@ -21,7 +21,8 @@ def make_seq(tokens, seq_id=0) -> Sequence:
 
 def compute(manager: BlockManager, seq: Sequence) -> int:
     """Runs a whole prompt as the scheduler would; returns how many tokens were cached."""
-    manager.attach(seq, manager.match(seq))
+    hits = manager.match(seq)
+    manager.attach(seq, hits, len(hits) * SIZE)
     num_new = len(seq) - seq.num_computed_tokens
     manager.allocate(seq, num_new)
     seq.num_computed_tokens += num_new
