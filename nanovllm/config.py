@@ -76,8 +76,7 @@ class Config:
             self.hf_config = read_hf_config(self.model_path)
         self.architecture = supported_architecture(self.hf_config.architectures, self.model_path)
         check_parallel_size(self.tensor_parallel_size, self.hf_config, self.device)
-        longest = max_position(self.hf_config)
-        self.max_model_len = min(self.max_model_len, longest)
+        self.max_model_len = min(self.max_model_len, max_position(self.hf_config))
         if isinstance(self.dtype, str) and self.dtype != "auto":
             self.dtype = DTYPES[self.dtype]
         elif not isinstance(self.dtype, torch.dtype):
@@ -97,26 +96,24 @@ class Config:
             raise ValueError("num_kvcache_blocks must be positive, or -1 to fill the memory budget, got 0")
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
         check_bool("enforce_eager", self.enforce_eager)
-        dtype = str(self.dtype).removeprefix("torch.")
-        check_choice("dtype", dtype, ["auto", *DTYPES])
+        check_choice("dtype", str(self.dtype).removeprefix("torch."), ["auto", *DTYPES])
         check_choice("attention_backend", self.attention_backend, ["auto", *BACKENDS])
         check_choice("load_format", self.load_format, ["auto", "dummy"])
 
     def _read_eos(self) -> int | Sequence[int]:
         """The ids in generation_config.json, else in config.json; none is an empty list."""
+        eos = None
         if (self.model_path / "generation_config.json").is_file():
             eos = GenerationConfig.from_pretrained(self.model_path).eos_token_id
-            if eos is not None:
-                return eos
-        eos = getattr(self.hf_config, "eos_token_id", None)
+        if eos is None:
+            eos = getattr(self.hf_config, "eos_token_id", None)
         return [] if eos is None else eos
 
 
 def resolve_model(model: str) -> Path:
     """The directory of a checkpoint: `model` itself, or the hub's `owner/name` in huggingface_hub's cache.
 
-    Raises:
-        ValueError: It is neither, or it is not in the cache and the hub cannot be reached.
+    ValueError if it is neither, or not in the cache while the hub cannot be reached.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -134,11 +131,7 @@ def resolve_model(model: str) -> Path:
 
 
 def read_hf_config(path: Path) -> PretrainedConfig:
-    """The configuration in a checkpoint directory.
-
-    Raises:
-        ValueError: It is missing, damaged, of an architecture that is not supported, or of a quantised model.
-    """
+    """A checkpoint's configuration; ValueError if it is missing, damaged, not supported, or of a quantised model."""
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} has no config.json, so it is not a Hugging Face checkpoint directory")
@@ -154,11 +147,7 @@ def read_hf_config(path: Path) -> PretrainedConfig:
 
 
 def supported_architecture(architectures: list[str] | None, path: Path) -> str:
-    """The first of a checkpoint's architectures that there is a model for.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The first of a checkpoint's architectures that there is a model for; ValueError if there is none."""
     for name in architectures or []:
         if name in MODELS:
             return name

@@ -35,13 +35,12 @@ class LLM(LLMEngine):
 
         Args:
             conversations: One list of messages (`{"role": ..., "content": ...}`), or a list of such lists.
-            sampling_params: As for `generate`.
+            sampling_params, use_tqdm: As for `generate`.
             add_generation_prompt: End the prompt with the start of the assistant's turn.
-            use_tqdm: As for `generate`.
             **template_kwargs: For the template, such as `tools` or `enable_thinking=False`.
 
         Returns:
-            As `generate`; one output for a single conversation too.
+            As `generate`; a list of one output for a single conversation.
 
         Raises:
             TypeError: A conversation is not a list of messages.
@@ -63,7 +62,7 @@ class LLM(LLMEngine):
             except Exception as error:  # whatever the template raises
                 raise ValueError(f"the chat template refuses conversations[{i}]: {error}") from error
             prompts.append(text)
-        # The template has put in every special token there should be.
+        # The template has put in every special token that there should be.
         token_ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
         return self.generate(token_ids, sampling_params, use_tqdm)
 
@@ -78,9 +77,8 @@ class LLM(LLMEngine):
         Hypotheses share the blocks of what they have in common; nothing is computed twice while the cache has room.
 
         Args:
-            prompts: As for `generate`.
+            prompts, use_tqdm: As for `generate`.
             params: How to search.
-            use_tqdm: Show a progress bar.
 
         Returns:
             For each prompt, in order, its best hypothesis (`text`, `token_ids`, `score`, `finish_reason`) with all
@@ -96,10 +94,9 @@ class LLM(LLMEngine):
         """What the checkpoint's generation_config.json recommends; `SamplingParams()` where it says nothing."""
         file = self.config.model_path / "generation_config.json"
         stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        names = {"max_new_tokens": "max_tokens"} | {
-            name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        }
-        params = {ours: stored[theirs] for theirs, ours in names.items() if stored.get(theirs) is not None}
+        stored["max_tokens"] = stored.get("max_new_tokens")
+        names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        params = {name: stored[name] for name in names if stored.get(name) is not None}
         if stored.get("do_sample") is False:
             params["temperature"] = 0.0
         return SamplingParams(**params)

@@ -8,50 +8,37 @@ class TokenLogprob(TypedDict):
 
     token_id: int
     logprob: float
-    rank: int
-    """1 is the most likely token."""
-    top: list[list]
-    """`[token_id, logprob]` of the most likely tokens, as many as were asked for, most likely first."""
+    rank: int  # 1 is the most likely token
+    top: list[list]  # `[token_id, logprob]` of the most likely tokens, as many as were asked for, most likely first
 
 
 class CompletionOutput(TypedDict):
     """One completion of a prompt."""
 
-    text: str
-    """Without special tokens (see `skip_special_tokens`) and without what stopped it."""
-    token_ids: list[int]
-    """Everything that was sampled, the token that ended it included."""
-    finish_reason: str
-    """"stop", "length" (also when the cache could not hold the sequence even alone) or "abort"."""
-    stop_reason: int | str | None
-    """Which of `stop_token_ids` or `stop` ended it; None for an end-of-sequence token or a length."""
+    text: str  # without special tokens (see `skip_special_tokens`) and without what stopped it
+    token_ids: list[int]  # everything that was sampled, the token that ended it included
+    finish_reason: str  # "stop", "length" (also when the cache could not hold the sequence even alone) or "abort"
+    stop_reason: int | str | None  # which of `stop_token_ids` or `stop` ended it; None for end of sequence or a length
     logprobs: list[TokenLogprob] | None
-    cumulative_logprob: float | None
-    """Sum of the log-probabilities of `token_ids`; None unless `logprobs` were asked for."""
+    cumulative_logprob: float | None  # sum over `token_ids`; None unless `logprobs` were asked for
 
 
 class RequestOutput(CompletionOutput, total=False):
     """What `generate` returns for a prompt: its first completion, and what belongs to the prompt."""
 
-    prompt_logprobs: list[TokenLogprob | None] | None
-    """One for each token of the prompt; the first has nothing before it and is None."""
-    num_cached_tokens: int
-    """Tokens of the prompt whose keys and values the prefix cache had when the request was admitted."""
-    outputs: list[CompletionOutput]
-    """All completions, with `n` above 1."""
+    prompt_logprobs: list[TokenLogprob | None] | None  # one for each token; the first has nothing before it and is None
+    num_cached_tokens: int  # of the prompt, whose keys and values the prefix cache had when the request was admitted
+    outputs: list[CompletionOutput]  # all completions, with `n` above 1
 
 
 class StreamDelta(TypedDict):
     """A piece of a completion, as `generate_stream` yields it."""
 
-    index: int
-    """Of the prompt."""
-    completion: int
-    """Of the completion, below `n`."""
+    index: int  # of the prompt
+    completion: int  # below `n`
     text: str
     token_ids: list[int]
-    finish_reason: str | None
-    """None until the last piece."""
+    finish_reason: str | None  # None until the last piece
     stop_reason: int | str | None
 
 
@@ -60,13 +47,11 @@ class BeamHypothesis(TypedDict):
 
     text: str
     token_ids: list[int]
-    score: float
-    """Sum of the log-probabilities, divided by `len(token_ids) ** length_penalty`."""
-    finish_reason: str
+    score: float  # sum of the log-probabilities, divided by `len(token_ids) ** length_penalty`
+    finish_reason: str  # "stop" or "length"
 
 
 class BeamOutput(BeamHypothesis, total=False):
     """What `beam_search` returns for a prompt: its best hypothesis."""
 
-    outputs: list[BeamHypothesis]
-    """All that were kept, best first."""
+    outputs: list[BeamHypothesis]  # all that were kept, best first

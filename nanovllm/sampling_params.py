@@ -40,14 +40,12 @@ class SamplingParams:
         min_tokens: No end of sequence and no stop before this many tokens.
         logprobs: Report the log-probability of each token and of this many most likely ones (-1 is all), of the
             model's own distribution, before anything above changed it. None reports nothing.
-        prompt_logprobs: The same for the tokens of the prompt. The prompt is then computed whole, without the
-            prefix cache.
+        prompt_logprobs: The same for the prompt, which is then computed whole, without the prefix cache.
         logit_bias: Token id -> what to add to its logit, in [-100, 100].
         bad_words: Texts that the completion must not contain, as sequences of tokens.
         allowed_token_ids: Sample only these tokens.
         skip_special_tokens: Leave special tokens out of `text`; `token_ids` always keep everything.
-        logits_processors: Callables that take the completion's token ids so far and [V] fp32 logits and return
-            logits. The slow path.
+        logits_processors: Callables (completion's token ids so far, [V] fp32 logits) -> logits. The slow path.
 
     Raises:
         TypeError: A value is not of its type.
@@ -78,25 +76,27 @@ class SamplingParams:
     logits_processors: Sequence[LogitsProcessor] | None = None
 
     def __post_init__(self) -> None:
-        check_int("n", self.n, 1)
         check_float("temperature", self.temperature, 0)
-        check_int("top_k", self.top_k, -1)
         check_float("top_p", self.top_p, 0, 1, open_low=True)
         check_float("min_p", self.min_p, 0, 1)
         check_float("presence_penalty", self.presence_penalty, -2, 2)
         check_float("frequency_penalty", self.frequency_penalty, -2, 2)
         check_float("repetition_penalty", self.repetition_penalty, 0, open_low=True)
-        check_int("min_tokens", self.min_tokens, 0)
+        for name, low in (("n", 1), ("top_k", -1), ("min_tokens", 0)):
+            check_int(name, getattr(self, name), low)
         for name, low in (("max_tokens", 1), ("seed", None), ("logprobs", -1), ("prompt_logprobs", -1)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), low)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             check_bool(name, getattr(self, name))
-        self._check_collections()
-        self._check_combinations()
+        self._freeze_collections()
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(f"n={self.n} with temperature=0 would repeat one completion; use n=1 or a temperature")
 
-    def _check_collections(self) -> None:
-        """Also turns them into tuples and dicts of their own, so that a later change of the caller's does nothing."""
+    def _freeze_collections(self) -> None:
+        """Turns them into tuples and dicts of their own, so that a later change of the caller's does nothing."""
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
         for name in ("stop", "bad_words"):
             self._freeze(name, "texts", lambda text: isinstance(text, str))
@@ -122,25 +122,11 @@ class SamplingParams:
         # None stays None where an empty list would mean something else, so that `dataclasses.replace` works.
         object.__setattr__(self, name, None if name == "allowed_token_ids" and value is None else tuple(items))
 
-    def _check_combinations(self) -> None:
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}")
-        if self.n > 1 and self.temperature == 0:
-            raise ValueError(f"n={self.n} with temperature=0 would repeat one completion; use n=1 or a temperature")
-
     @property
     def edits_logits(self) -> bool:
         """Whether anything but temperature and filters stands between the model's logits and the sample."""
-        return bool(
-            self.allowed_token_ids
-            or self.bad_words
-            or self.min_tokens
-            or self.logit_bias
-            or self.logits_processors
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.repetition_penalty != 1.0
-        )
+        rules = self.allowed_token_ids or self.bad_words or self.min_tokens or self.logit_bias or self.logits_processors
+        return bool(rules or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
     @property
     def filters(self) -> bool:

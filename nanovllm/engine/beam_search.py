@@ -146,7 +146,7 @@ class _Search:
         )
 
     def _finish(self, total: float, token_ids: list[int]) -> None:
-        has_stopped = token_ids[-1:] != [] and token_ids[-1] in self.eos
+        has_stopped = bool(token_ids) and token_ids[-1] in self.eos
         self.finished.append(
             {
                 "text": decode(self.engine.tokenizer, token_ids[:-1] if has_stopped else token_ids),

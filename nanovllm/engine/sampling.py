@@ -26,12 +26,8 @@ def sample_with_options(
 
     Args:
         logits: [S, V], any floating dtype; not changed.
-        temperatures: [S] float32 or None.
-        uniforms: [S] float64 or None.
+        temperatures, uniforms: [S] float32 and [S] float64, or None, as for `sample`.
         with_options: The rows of S with options, and their sequences.
-
-    Returns:
-        S token ids.
     """
     # A chunk of a prompt that is not complete samples nothing, so that no callable sees it.
     complete = [

@@ -27,8 +27,7 @@ def edit_logits(
     Args:
         logits: [V] fp32, changed in place.
         params: What to do.
-        prompt_ids: The prompt's token ids.
-        output_ids: The completion's so far.
+        prompt_ids, output_ids: The prompt's token ids, and the completion's so far.
         end_ids: Tokens that `min_tokens` forbids.
         bad_words_ids: Token ids of each of the texts that must not appear.
     """
@@ -70,13 +69,10 @@ def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
     arXiv:1904.09751.
 
     Args:
-        logits: [R, V] fp32, already divided by the temperature.
+        logits: [R, V] fp32, already divided by the temperature. So is what is returned.
         top_k: [R] int64, 0 or less for no limit.
         top_p: [R] float64, 1 for no limit.
         min_p: [R] float32, 0 for no limit.
-
-    Returns:
-        [R, V] fp32.
     """
     logits = logits.masked_fill(logits < (logits.amax(-1) + min_p.log()).unsqueeze(1), -math.inf)
     vocab_size = logits.shape[1]
@@ -85,36 +81,22 @@ def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
     is_cut = (top_k < vocab_size) | top_p.isfinite()
     if not is_cut.any():
         return logits
-    num_candidates = int(top_k.clamp(max=FIRST_TRY).max()) if (top_k == vocab_size).any() else int(top_k.max())
-    while True:
+    num_first = int(top_k.clamp(max=FIRST_TRY).max()) if (top_k == vocab_size).any() else int(top_k.max())
+    for num_candidates in (num_first, vocab_size):
         values, ids = logits.topk(num_candidates)
         in_top_k = torch.arange(num_candidates, device=logits.device) < top_k
-        total = torch.where(
-            top_k < vocab_size, values.masked_fill(~in_top_k, -math.inf).logsumexp(-1, True), logits.logsumexp(-1, True)
-        )
+        in_sum = values.masked_fill(~in_top_k, -math.inf).logsumexp(-1, True)
+        total = torch.where(top_k < vocab_size, in_sum, logits.logsumexp(-1, True))
         probs = (values - total).double().exp()
         mass = probs.cumsum(-1)
-        if (
-            num_candidates == vocab_size
-            or not ((mass[:, -1:] < top_p) & top_p.isfinite() & (top_k > num_candidates)).any()
-        ):
+        if not ((mass[:, -1:] < top_p) & top_p.isfinite() & (top_k > num_candidates)).any():
             break
-        num_candidates = vocab_size
     kept = values.masked_fill(~in_top_k | (mass - probs >= top_p), -math.inf)
     return torch.where(is_cut, torch.full_like(logits, -math.inf).scatter(1, ids, kept), logits)
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: list[int], num_top: int) -> list[dict]:
-    """The model's own log-probabilities of tokens and of the most likely ones beside them.
-
-    Args:
-        logits: [R, V], any floating dtype.
-        token_ids: R tokens.
-        num_top: How many of the most likely tokens to list, -1 for all.
-
-    Returns:
-        R `nanovllm.outputs.TokenLogprob`.
-    """
+    """R `outputs.TokenLogprob`: of [R, V] logits of any dtype, R tokens and the `num_top` (-1: all) most likely ones."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
     ranks = (logprobs > chosen).sum(-1) + 1

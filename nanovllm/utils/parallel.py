@@ -24,22 +24,14 @@ class TensorParallel:
     group: "dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None" = field(default=None, repr=False)
 
     def divide(self, total: int, what: str) -> int:
-        """A rank's share of `total`.
-
-        Raises:
-            ValueError: `total` does not divide by the group's size.
-        """
+        """A rank's share of `total`; ValueError if it does not divide by the group's size."""
         if total % self.size:
             sizes = [size for size in range(1, 9) if total % size == 0]
             raise ValueError(f"tensor_parallel_size={self.size} does not divide {what}={total}; use one of {sizes}")
         return total // self.size
 
     def replicas(self, total: int, what: str) -> int:
-        """How many ranks must share each of `total` things so that every rank has one.
-
-        Raises:
-            ValueError: The ranks cannot share them evenly.
-        """
+        """How many ranks must share each of `total` things so that every rank has one; ValueError if unevenly."""
         if self.size % total and total % self.size:
             sizes = [size for size in range(1, 9) if total % size == 0 or size % total == 0]
             raise ValueError(f"tensor_parallel_size={self.size} does not fit {what}={total}; use one of {sizes}")
@@ -77,14 +69,8 @@ class TensorParallel:
 def connect(rank: int, size: int, device: torch.device, rendezvous: Path) -> TensorParallel:
     """Joins a group: NCCL on CUDA, else gloo over the loopback interface. Returns once all `size` ranks have.
 
-    Args:
-        rank: This process's.
-        size: Number of ranks.
-        device: This rank's.
-        rendezvous: A file that does not exist yet, the same for all ranks and for no other group.
-
-    Raises:
-        RuntimeError: A rank did not join in time.
+    `rendezvous` is a file that does not exist yet, the same for all ranks and for no other group. RuntimeError if a
+    rank does not join in time.
     """
     store = dist.FileStore(str(rendezvous), size)
     if device.type == "cuda":
