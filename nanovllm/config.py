@@ -77,9 +77,10 @@ class Config:
         self.architecture = supported_architecture(self.hf_config.architectures, self.model_path)
         check_parallel_size(self.tensor_parallel_size, self.hf_config, self.device)
         self.max_model_len = min(self.max_model_len, max_position(self.hf_config))
-        if isinstance(self.dtype, str) and self.dtype != "auto":
-            self.dtype = DTYPES[self.dtype]
-        elif not isinstance(self.dtype, torch.dtype):
+        name = str(self.dtype).removeprefix("torch.")
+        if name != "auto":
+            self.dtype = DTYPES[name]
+        else:
             stored = getattr(self.hf_config, "dtype" if hasattr(self.hf_config, "dtype") else "torch_dtype", None)
             stored = DTYPES.get(str(stored).removeprefix("torch."), torch.bfloat16)
             self.dtype = suitable_dtype(stored, self.device)
@@ -159,22 +160,16 @@ def check_parallel_size(size: int, hf_config: PretrainedConfig, device: torch.de
 
     KV heads may be fewer than the ranks, several of which then hold the same one.
     """
-
-    def fits(n: int) -> bool:
-        kv_heads = hf_config.num_key_value_heads
-        return not any(total % n for total in split) and (kv_heads % n == 0 or n % kv_heads == 0)
-
-    split = hf_config.num_attention_heads, hf_config.intermediate_size
-    if not fits(size):
+    heads, kv_heads, width = hf_config.num_attention_heads, hf_config.num_key_value_heads, hf_config.intermediate_size
+    fitting = [n for n in range(1, 9) if heads % n == width % n == 0 and 0 in (kv_heads % n, n % kv_heads)]
+    if size not in fitting:
         raise ValueError(
-            f"tensor_parallel_size={size} does not divide the model's num_attention_heads={split[0]}, "
-            f"num_key_value_heads={hf_config.num_key_value_heads} (or the reverse) and intermediate_size={split[1]}; "
-            f"use one of {[n for n in range(1, 9) if fits(n)]}"
+            f"tensor_parallel_size={size} does not divide the model's num_attention_heads={heads}, "
+            f"num_key_value_heads={kv_heads} (or the reverse) and intermediate_size={width}; use one of {fitting}"
         )
-    if size > 1 and device.type == "cuda" and torch.cuda.device_count() < size:
-        raise ValueError(
-            f"tensor_parallel_size={size} needs as many GPUs; this machine has {torch.cuda.device_count()}"
-        )
+    num_gpus = torch.cuda.device_count()
+    if size > 1 and device.type == "cuda" and num_gpus < size:
+        raise ValueError(f"tensor_parallel_size={size} needs as many GPUs; this machine has {num_gpus}")
 
 
 def max_position(hf_config: PretrainedConfig) -> int:

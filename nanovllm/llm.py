@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from nanovllm.engine.beam_search import BeamSearchParams, beam_search
-from nanovllm.engine.inputs import Prompt
+from nanovllm.engine.inputs import Params, Prompts
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.outputs import BeamOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -23,7 +23,7 @@ class LLM(LLMEngine):
     def chat(
         self,
         conversations: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
         add_generation_prompt: bool = True,
         use_tqdm: bool = True,
         **template_kwargs: object,
@@ -68,7 +68,7 @@ class LLM(LLMEngine):
 
     def beam_search(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         params: BeamSearchParams = BeamSearchParams(),  # noqa: B008 (frozen)
         use_tqdm: bool = True,
     ) -> list[BeamOutput]:

@@ -1,13 +1,12 @@
 """Beam search on top of the scheduler: hypotheses are sequences of one step each, forked from their parents' blocks."""
 
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from nanovllm.engine.detokenizer import decode
-from nanovllm.engine.inputs import Prompt, as_list, encode
+from nanovllm.engine.inputs import Prompts, as_list, encode
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.outputs import BeamHypothesis, BeamOutput
 from nanovllm.sampling_params import SamplingParams
@@ -47,9 +46,7 @@ class BeamSearchParams:
         check_bool("ignore_eos", self.ignore_eos)
 
 
-def beam_search(
-    engine: "LLMEngine", prompts: Prompt | SequenceOf[Prompt], params: BeamSearchParams, use_tqdm: bool
-) -> list[BeamOutput]:
+def beam_search(engine: "LLMEngine", prompts: Prompts, params: BeamSearchParams, use_tqdm: bool) -> list[BeamOutput]:
     """See `LLM.beam_search`."""
     if not isinstance(params, BeamSearchParams):
         raise TypeError(f"params must be a BeamSearchParams, got {params!r}")
@@ -70,9 +67,8 @@ def beam_search(
                     progress.update(sum(not search.live for search in unfinished))
                     unfinished = [search for search in unfinished if search.live]
             finally:
-                for search in unfinished:
-                    search.drop()
-            outputs += [search.output() for search in searches]
+                engine._drop([seq for search in unfinished for seq, _ in search.live])  # nothing, but for an error
+            outputs += [{**search.finished[0], "outputs": search.finished} for search in searches]
     return outputs
 
 
@@ -120,18 +116,6 @@ class _Search:
                 self.engine.scheduler.fork(seq, child)
                 self.live.append((child, score))
         self.engine.scheduler.drop_held([seq for seq, _ in parents])
-
-    def drop(self) -> None:
-        """Ends the live beams, after an error."""
-        seqs = [seq for seq, _ in self.live]
-        for seq in seqs:
-            seq.keeps_blocks = False
-        self.engine._drop(seqs)
-        if not self.engine.is_closed:
-            self.engine.scheduler.drop_held(seqs)
-
-    def output(self) -> BeamOutput:
-        return {**self.finished[0], "outputs": self.finished}
 
     def _sequence(self, token_ids: list[int]) -> Sequence:
         """A hypothesis that runs for one step and then keeps its blocks, for its children."""

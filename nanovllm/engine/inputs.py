@@ -10,6 +10,9 @@ from nanovllm.config import Config
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | SequenceOf[int]
+Prompts = Prompt | SequenceOf[Prompt]
+Params = SamplingParams | SequenceOf[SamplingParams] | None  # one for all, one for each prompt, or the default
+Request = tuple[np.ndarray, SamplingParams]  # with int32 token ids, both checked
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
@@ -23,7 +26,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
         raise ValueError(f"the tokenizer files in {path} could not be read: {error}") from error
 
 
-def as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
+def as_list(prompts: Prompts) -> list[Prompt]:
     """A list of prompts; a bare string is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
@@ -35,16 +38,9 @@ def as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
 
 
 def check_requests(
-    prompts: list[Prompt],
-    params: SamplingParams | SequenceOf[SamplingParams] | None,
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> list[tuple[np.ndarray, SamplingParams]]:
-    """Token ids and parameters of each prompt.
-
-    Raises:
-        TypeError, ValueError: See `LLM.generate`.
-    """
+    prompts: list[Prompt], params: Params, config: Config, tokenizer: PreTrainedTokenizerBase | None
+) -> list[Request]:
+    """Token ids and parameters of each prompt, or the errors of `LLM.generate`."""
     n = len(prompts)
     params = [params or SamplingParams()] * n if params is None or isinstance(params, SamplingParams) else params
     if not isinstance(params, SequenceOf) or not all(isinstance(p, SamplingParams) for p in params):

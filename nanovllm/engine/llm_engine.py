@@ -4,18 +4,17 @@ import difflib
 import warnings
 import weakref
 from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
 from dataclasses import fields
 from time import perf_counter
 
-import numpy as np
 from tqdm import tqdm
 from xxhash import xxh64_intdigest
 
 from nanovllm.config import Config
+from nanovllm.engine import inputs
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import TextStream, completion_text
-from nanovllm.engine.inputs import Prompt, as_list, check_requests, encode_bad_words, load_tokenizer, sibling_params
+from nanovllm.engine.inputs import Params, Prompt, Prompts, Request
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.parallel_runner import ParallelRunner
 from nanovllm.engine.scheduler import Scheduler
@@ -41,7 +40,7 @@ class LLMEngine:
     def __init__(self, model: str, **kwargs):
         config = Config(model, **_known_fields(kwargs))
         self.config = config
-        self.tokenizer = load_tokenizer(config)
+        self.tokenizer = inputs.load_tokenizer(config)
         if config.eos is None and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             config.eos_token_ids |= {self.tokenizer.eos_token_id}
         self.model_runner = ModelRunner(config) if config.tensor_parallel_size == 1 else ParallelRunner(config)
@@ -113,12 +112,7 @@ class LLMEngine:
 
     # ---- whole calls
 
-    def generate(
-        self,
-        prompts: Prompt | SequenceOf[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
         """Completes prompts. Nothing runs unless all of them are valid.
 
         Args:
@@ -135,7 +129,7 @@ class LLMEngine:
             ValueError: A prompt is empty, too long for the model or the cache, or has ids outside the vocabulary;
                 there are more or fewer `sampling_params` than prompts; or some do not fit the model.
         """
-        requests = self._add(self._checked(as_list(prompts), sampling_params))
+        requests = self._add(self._checked(inputs.as_list(prompts), sampling_params))
         seqs = [seq for request in requests for seq in request]
         try:
             self._run(seqs, use_tqdm)
@@ -143,11 +137,7 @@ class LLMEngine:
         finally:  # after an error, Ctrl-C too, nothing of this call stays behind
             self._drop(seqs)
 
-    def generate_stream(
-        self,
-        prompts: Prompt | SequenceOf[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
-    ) -> Iterator[StreamDelta]:
+    def generate_stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[StreamDelta]:
         """Completes prompts, and yields each piece as it is produced.
 
         The prompts are checked at once, and run while the iterator is read. The pieces of a completion add up to
@@ -167,24 +157,19 @@ class LLMEngine:
         self._check_open()
         if self.tokenizer is not None and not self.tokenizer.is_fast:
             raise ValueError("streaming needs a model with a fast tokenizer (a tokenizer.json)")
-        return self._stream(self._checked(as_list(prompts), sampling_params))
+        return self._stream(self._checked(inputs.as_list(prompts), sampling_params))
 
     # ---- inside
 
-    def _checked(
-        self, prompts: list[Prompt], sampling_params: SamplingParams | SequenceOf[SamplingParams] | None
-    ) -> list[tuple[np.ndarray, SamplingParams]]:
-        """Token ids and parameters of each prompt, or an error that says what is wrong."""
+    def _checked(self, prompts: list[Prompt], sampling_params: Params) -> list[Request]:
         self._check_open()
-        return check_requests(prompts, sampling_params, self.config, self.tokenizer)
+        return inputs.check_requests(prompts, sampling_params, self.config, self.tokenizer)
 
-    def _add(
-        self, requests: list[tuple[np.ndarray, SamplingParams]], is_owned: bool = True, is_streamed: bool = False
-    ) -> list[list[Sequence]]:
+    def _add(self, requests: list[Request], is_owned: bool = True, is_streamed: bool = False) -> list[list[Sequence]]:
         """Queues checked requests; returns the `n` sequences of each, of which the others share the first's blocks."""
         added = []
         for token_ids, params in requests:
-            bad_words_ids = encode_bad_words(params, self.tokenizer)
+            bad_words_ids = inputs.encode_bad_words(params, self.tokenizer)
             seqs: list[Sequence] = []
             for i in range(params.n):
                 seq_id = self._num_sequences
@@ -193,7 +178,7 @@ class LLMEngine:
                 seq = Sequence(
                     seq_id,
                     token_ids.tolist(),
-                    sibling_params(params) if i else params,
+                    inputs.sibling_params(params) if i else params,
                     self.config.eos_token_ids,
                     self.config.max_model_len,
                     xxh64_intdigest(origin.encode()),
@@ -261,10 +246,10 @@ class LLMEngine:
                     rates = {is_prefill: tokens[is_prefill] / max(seconds[is_prefill], 1e-9) for is_prefill in tokens}
                     progress.set_postfix_str(f"prefill {rates[True]:.0f} tok/s, decode {rates[False]:.0f} tok/s", False)
 
-    def _stream(self, checked: list[tuple[np.ndarray, SamplingParams]]) -> Iterator[StreamDelta]:
+    def _stream(self, requests: list[Request]) -> Iterator[StreamDelta]:
         self._check_open()
-        requests = self._add(checked, is_streamed=True)
-        unfinished = {seq: (index, i) for index, request in enumerate(requests) for i, seq in enumerate(request)}
+        added = self._add(requests, is_streamed=True)
+        unfinished = {seq: (index, i) for index, seqs in enumerate(added) for i, seq in enumerate(seqs)}
         num_yielded = dict.fromkeys(unfinished, 0)
         try:
             while unfinished:
@@ -288,9 +273,11 @@ class LLMEngine:
 
     def _drop(self, seqs: list[Sequence]) -> None:
         """Ends what is unfinished of a call's sequences, and forgets them."""
-        if not self.is_closed and any(seq.status is not SequenceStatus.FINISHED for seq in seqs):
-            self.scheduler.abort({seq.seq_id for seq in seqs})
-            self._take_finished()
+        if not self.is_closed:
+            if any(seq.status is not SequenceStatus.FINISHED for seq in seqs):
+                self.scheduler.abort({seq.seq_id for seq in seqs})
+                self._take_finished()
+            self.scheduler.drop_held(seqs)
         for seq in seqs:
             self._texts.pop(seq.seq_id, None)
 

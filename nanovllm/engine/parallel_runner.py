@@ -34,10 +34,10 @@ class ParallelRunner(ModelRunner):
         size = config.tensor_parallel_size
         self._codec: BatchCodec | None = None  # until all ranks are set up
         self.tp = TensorParallel()
-        self._threads_before = torch.get_num_threads()
-        is_chosen = config.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
-        self._threads = self._threads_before if is_chosen else max(1, self._threads_before // size)
-        self.workers = Workers(size, serve, config, None if is_chosen else self._threads)
+        self._threads_before = self._threads = torch.get_num_threads()
+        if config.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # else they are the user's choice
+            self._threads = max(1, self._threads_before // size)
+        self.workers = Workers(size, serve, config, self._threads)
         with self._failing_together():
             torch.set_num_threads(self._threads)
             config.device = rank_device(config.device, 0)
@@ -110,20 +110,9 @@ class ParallelRunner(ModelRunner):
         self.workers.raise_if_killed()
 
 
-def serve(
-    rank: int, receive: Callable[[], tuple], rendezvous: Path, config: Config, num_threads: int | None = None
-) -> None:
-    """What a further rank does all its life: what rank 0 publishes.
-
-    Args:
-        rank: 1 and up.
-        receive: Waits for the next `(method, *args)`.
-        rendezvous: See `connect`.
-        config: The engine's settings.
-        num_threads: For PyTorch to use; by default it decides.
-    """
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+def serve(rank: int, receive: Callable[[], tuple], rendezvous: Path, config: Config, num_threads: int) -> None:
+    """What a further rank does all its life: `receive` waits for the next `(method, *args)` that rank 0 publishes."""
+    torch.set_num_threads(num_threads)
     config.device = rank_device(config.device, rank)
     receive()  # "join"
     runner = ModelRunner(config, connect(rank, config.tensor_parallel_size, config.device, rendezvous))

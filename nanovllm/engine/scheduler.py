@@ -226,7 +226,7 @@ class Scheduler:
         self._admission_failed = False
 
     def _finish(self, seq: Sequence, reason: str) -> None:
-        if seq.keeps_blocks and seq.block_table:
+        if seq.keeps_blocks and seq.block_table and reason != "abort":
             self.held.append(seq)
         else:
             self._release(seq)

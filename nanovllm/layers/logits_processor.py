@@ -96,7 +96,7 @@ def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: list[int], num_top: int) -> list[dict]:
-    """R `outputs.TokenLogprob`: of [R, V] logits of any dtype, R tokens and the `num_top` (-1: all) most likely ones."""
+    """R `outputs.TokenLogprob` from [R, V] logits of any dtype: of R tokens and the `num_top` (-1: all) likeliest."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
     ranks = (logprobs > chosen).sum(-1) + 1
