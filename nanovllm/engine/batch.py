@@ -63,7 +63,7 @@ class BatchBuilder:
             cu_seqlens_q=cu_seqlens_q,
             block_tables=block_tables if starts.any() else None,
             **_draw(*_random_state(seqs), starts + lens),
-            rows_with_options=_rows_with_options(seqs),
+            rows_with_options=[row for row, seq in enumerate(seqs) if seq.has_options],
             prompt_logprob_rows=_prompt_logprob_rows(seqs, rows, positions),
         )
 
@@ -76,7 +76,7 @@ class BatchBuilder:
             self._lens = np.array([len(seq) for seq in seqs])
             self._tables = self._block_tables(seqs)
             self._random = _random_state(seqs)
-            self._rows_with_options = _rows_with_options(seqs)
+            self._rows_with_options = [row for row, seq in enumerate(seqs) if seq.has_options]
         else:
             self._lens += 1
             for row in np.flatnonzero(self._lens % self.block_size == 1 % self.block_size).tolist():
@@ -108,10 +108,6 @@ def find_slots(tables: np.ndarray, rows: np.ndarray, positions: np.ndarray, bloc
     """[T] int64: where each of T tokens is in the cache, from its row in the [S, B] block tables and its position."""
     blocks, offsets = np.divmod(positions, block_size)
     return tables[rows, blocks].astype(np.int64) * block_size + offsets
-
-
-def _rows_with_options(seqs: list[Sequence]) -> list[int]:
-    return [row for row, seq in enumerate(seqs) if seq.has_options]
 
 
 def _prompt_logprob_rows(seqs: list[Sequence], rows: np.ndarray, positions: np.ndarray) -> np.ndarray | None:

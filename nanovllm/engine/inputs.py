@@ -1,5 +1,6 @@
 """Users' prompts and sampling parameters, checked and brought into one form. Knows nothing of scheduling."""
 
+import reprlib
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
@@ -31,7 +32,7 @@ def as_list(prompts: Prompts) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, (SequenceOf, np.ndarray)):
-        raise TypeError(f"prompts must be a list of strings or of token-id lists, got {_shorten(prompts)}")
+        raise TypeError(f"prompts must be a list of strings or of token-id lists, got {reprlib.repr(prompts)}")
     if len(prompts) and isinstance(prompts[0], (int, np.integer)):
         raise TypeError("prompts must be a list of prompts; for one prompt of token ids pass [token_ids]")
     return list(prompts)
@@ -44,7 +45,7 @@ def check_requests(
     n = len(prompts)
     params = [params or SamplingParams()] * n if params is None or isinstance(params, SamplingParams) else params
     if not isinstance(params, SequenceOf) or not all(isinstance(p, SamplingParams) for p in params):
-        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {_shorten(params)}")
+        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {reprlib.repr(params)}")
     if len(params) != n:
         raise ValueError(f"sampling_params has {len(params)} entries for {n} prompts; give one for all or one for each")
     for i, p in enumerate(params):
@@ -72,7 +73,7 @@ def _check_prompt(ids: SequenceOf[int], name: str, config: Config) -> np.ndarray
     if array.size == 0 and array.ndim == 1:
         raise ValueError(f"{name} is empty: give it at least one token")
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be a string or a list of token ids, got {_shorten(ids)}")
+        raise TypeError(f"{name} must be a string or a list of token ids, got {reprlib.repr(ids)}")
     _check_vocabulary(name, array, config)
     if array.size >= config.max_model_len:
         raise ValueError(
@@ -117,8 +118,3 @@ def _check_vocabulary(name: str, ids: np.ndarray, config: Config) -> None:
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.size:
         raise ValueError(f"{name} has the token id {outside[0]}, outside the vocabulary of {vocab_size}")
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
