@@ -25,7 +25,7 @@ class Batch:
     temperatures: np.ndarray | None = None  # [S] float32, None if all are greedy
     uniforms: np.ndarray | None = None  # [S] float64 in [0, 1), one draw per sequence, None if all are greedy
     rows_with_options: list[int] = field(default_factory=list)  # sequences that ask for more than a temperature
-    seq_ids: list[int] | None = None  # decode only; the same list object as long as the same sequences decode
+    seq_ids: list[int] | None = None  # decode only
     prompt_logprob_rows: np.ndarray | None = None  # tokens of which the next one's log-probability is wanted
 
 
