@@ -30,6 +30,7 @@ import gc
 import heapq
 import importlib.util
 import json
+import logging
 import pickle
 import random
 import re
@@ -54,10 +55,10 @@ from nanovllm.config import Config
 from nanovllm.engine.batch import BatchBuilder
 from nanovllm.engine.batch_codec import BatchCodec
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_runner import make_context, to_tensor
+from nanovllm.engine.model_runner import make_inputs
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.utils.device import resolve_device
+from nanovllm.utils.device import resolve_device, upload
 
 QWEN3_0_6B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28,
@@ -436,9 +437,8 @@ def bookkeeping(args: argparse.Namespace, is_steady: bool) -> np.ndarray:
             builder.prefill(seqs)
         else:
             batch = builder.decode(seqs)
-            make_context(batch, device)
-            for array in (batch.input_ids, batch.positions, batch.temperatures, batch.uniforms):
-                to_tensor(array, device)
+            make_inputs(batch, device)
+            upload([batch.temperatures, batch.uniforms], device)
         built = perf_counter()
         token_ids = [rng.randint(0, MAX_TOKEN_ID) for _ in seqs]
         sampled = perf_counter()
@@ -618,6 +618,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.save_checkpoint:
         return save_checkpoint(Path(args.save_checkpoint), args.seed)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr: which attention, and what start-up takes
     with model_directory(args.model) as model:
         try:
             complete(args)

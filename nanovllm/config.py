@@ -32,14 +32,14 @@ class Config:
         max_model_len: Most tokens of a sequence, prompt included. Lowered to what the model supports.
         gpu_memory_utilization: Share of a GPU's memory to use, in (0, 1].
         tensor_parallel_size: Processes that share the model, 1 to 8; on CUDA each has a GPU.
-        enforce_eager: Run decode without CUDA graphs.
+        enforce_eager: Run decode without CUDA graphs, which start-up then need not capture.
         kvcache_block_size: Tokens per block of the KV cache, also the unit of prefix caching.
         num_kvcache_blocks: Blocks of the KV cache; -1 fills the memory budget (see `utils.device.default_cache_bytes`).
         hf_config: The model's configuration; read from `model` by default.
         eos: Token id or ids that end a completion; read from the checkpoint by default.
         dtype: "auto" (the checkpoint's, or what the device is fast in), "float32", "bfloat16" or "float16".
         device: "auto" (CUDA if there is one), "cpu" or "cuda".
-        attention_backend: "auto" (the fastest that works here) or "cpu".
+        attention_backend: "auto" (the first of these that works here), "flash_attn", "triton", "torch_varlen" or "cpu".
         load_format: "auto" (safetensors) or "dummy" (random weights, for benchmarks).
         seed: Of the sampling and of dummy weights.
 

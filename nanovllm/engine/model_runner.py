@@ -3,27 +3,33 @@
 Legend: S sequences.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter
 
 import numpy as np
 import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.batch import Batch, BatchBuilder
+from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
 from nanovllm.engine.sampling import sample_with_options
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.attention import Attention, choose_backend
+from nanovllm.layers.attention import Attention, AttentionBackend, choose_backend
+from nanovllm.layers.attention_cpu import CPUAttention
 from nanovllm.layers.logits_processor import token_logprobs
 from nanovllm.layers.sampler import sample
 from nanovllm.models import MODELS
 from nanovllm.utils.context import Context, reset_context, set_context
-from nanovllm.utils.device import GIB, available_memory, default_cache_bytes
+from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, upload
 from nanovllm.utils.loader import load_dummy, load_model
 from nanovllm.utils.parallel import TensorParallel
 
 LOGPROB_ROWS = 128  # of prompt tokens at a time, whose logits over the vocabulary are in memory together
+GRAPH_BYTES = 16 * 2**20  # reserved for each CUDA graph, an estimate
+logger = logging.getLogger("nanovllm")
 
 
 class ModelRunner:
@@ -38,17 +44,33 @@ class ModelRunner:
     """
 
     failure: str | None = None  # why no further step can run
+    graphs: DecodeGraphs | None = None
 
     def __init__(self, config: Config, tp: TensorParallel | None = None):
         self.config = config
         self.device = config.device
         self.tp = tp or TensorParallel()
+        times = [perf_counter()]
         self.model = self._build_model()
+        times.append(perf_counter())
         self.attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
         self.block_size = config.kvcache_block_size
         max_blocks = -(-config.max_model_len // self.block_size)
         self.batch_builder = BatchBuilder(self.block_size, max_blocks)
-        self._allocate_kv_cache(max_blocks)
+        layer = self.attentions[0]
+        backend = choose_backend(config.attention_backend, self.device, config.dtype, layer, self.block_size)
+        sizes = graph_sizes(config.max_num_seqs) if self._can_capture(backend) else []
+        cache_bytes = self._allocate_kv_cache(backend, max_blocks, len(sizes) * GRAPH_BYTES)
+        times.append(perf_counter())
+        free = available_memory(self.device, 1.0)
+        if sizes:
+            self.graphs = DecodeGraphs(self.model, sizes, max_blocks, self.device, self.tp.rank == 0)
+        times.append(perf_counter())
+        weight_bytes = sum(param.nbytes for param in self.model.parameters())
+        graph_bytes = free - available_memory(self.device, 1.0) if sizes else 0
+        parts = "weights", f"{config.num_kvcache_blocks} cache blocks", f"{len(sizes)} CUDA graphs"
+        parts = zip(parts, (weight_bytes, cache_bytes, graph_bytes), np.diff(times), strict=True)
+        logger.info("start-up: " + ", ".join(f"{part} {n / GIB:.2f} GiB in {s:.1f} s" for part, n, s in parts))
 
     @torch.inference_mode()
     def run(self, seqs: list[Sequence], is_prefill: bool) -> list[int]:
@@ -61,7 +83,7 @@ class ModelRunner:
         """
         batch = self.batch_builder.prefill(seqs) if is_prefill else self.batch_builder.decode(seqs)
         logits = self.forward(batch, partial(_score_prompts, seqs, batch))
-        temperatures, uniforms = to_tensor(batch.temperatures, self.device), to_tensor(batch.uniforms, self.device)
+        temperatures, uniforms = upload([batch.temperatures, batch.uniforms], self.device)
         if batch.rows_with_options:
             with_options = [(row, seqs[row]) for row in batch.rows_with_options]
             return sample_with_options(logits, temperatures, uniforms, with_options)
@@ -80,13 +102,16 @@ class ModelRunner:
         Returns:
             [S, vocabulary] logits of the last scheduled token of each sequence on rank 0, None on the others.
         """
-        set_context(make_context(batch, self.device))
+        if self.graphs is not None and not batch.is_prefill and len(batch.context_lens) <= self.graphs.sizes[-1]:
+            return self.model.compute_logits(self.graphs.replay(batch))
+        input_ids, positions, context = make_inputs(batch, self.device)
+        set_context(context)
         try:
-            hidden_states = self.model(to_tensor(batch.input_ids, self.device), to_tensor(batch.positions, self.device))
+            hidden_states = self.model(input_ids, positions)
             if batch.prompt_logprob_rows is not None:
                 wanted = batch.prompt_logprob_rows
                 for rows in np.split(wanted, range(LOGPROB_ROWS, len(wanted), LOGPROB_ROWS)):
-                    logits = self.model.lm_head.project(hidden_states[to_tensor(rows, self.device)])
+                    logits = self.model.lm_head.project(hidden_states[upload([rows], self.device)[0]])
                     if logits is not None:
                         score_prompts(rows, logits)
             return self.model.compute_logits(hidden_states)
@@ -102,7 +127,9 @@ class ModelRunner:
                 layer.v_cache[target] = layer.v_cache[source]
 
     def close(self) -> None:
-        """Ends what runs beside this process: with one rank, nothing."""
+        """Gives memory back, and ends what runs beside this process: with one rank, nothing. Idempotent."""
+        self.model, self.attentions, self.graphs = None, [], None
+        torch.cuda.empty_cache()
 
     def _check_ranks(self) -> None:
         """Raises if another rank has failed."""
@@ -122,14 +149,19 @@ class ModelRunner:
             load_model(model, config.model_path, self.tp.rank == 0, self._check_ranks)
         return model.eval()
 
-    def _allocate_kv_cache(self, max_blocks: int) -> None:
+    def _can_capture(self, backend: AttentionBackend) -> bool:
+        return self.device.type == "cuda" and backend is not CPUAttention and not self.config.enforce_eager
+
+    def _allocate_kv_cache(self, backend: AttentionBackend, max_blocks: int, graph_bytes: int) -> int:
+        """Returns the cache's bytes. Graphs hold its addresses, so their memory is reserved before they are made."""
         config, attention = self.config, self.attentions[0]
-        backend = choose_backend(config.attention_backend)
         layout = self.block_size, attention.num_kv_heads, attention.head_dim
         block_bytes = 2 * len(self.attentions) * math.prod(backend.cache_shape(1, *layout)) * config.dtype.itemsize
+        for layer in self.attentions:
+            layer.backend = backend
         num_sharing = self.tp.size if self.device.type == "cpu" else 1
-        activations = self._activation_bytes() if self.device.type == "cuda" else 0
-        available = available_memory(self.device, config.gpu_memory_utilization) - activations
+        reserved = self._activation_bytes() + graph_bytes if self.device.type == "cuda" else 0
+        available = available_memory(self.device, config.gpu_memory_utilization) - reserved
         # A block exists on every rank, so the one with the least memory decides; on a CPU they share one memory.
         available = self.tp.minimum(available, self.device)
         if config.num_kvcache_blocks == -1:
@@ -139,55 +171,60 @@ class ModelRunner:
         needed = config.num_kvcache_blocks * block_bytes * num_sharing
         if needed > available:
             raise ValueError(
-                f"the KV cache needs {needed / GIB:.2f} GiB and the {self.device.type} has {available / GIB:.2f} GiB "
-                "left: lower num_kvcache_blocks or max_num_batched_tokens, raise gpu_memory_utilization, or free memory"
+                f"the KV cache needs {needed / GIB:.2f} GiB, {(needed - available) / GIB:.2f} GiB more than the "
+                f"{self.device.type} has left (a step takes {reserved / GIB:.2f} GiB): lower num_kvcache_blocks, "
+                "max_num_batched_tokens or max_num_seqs, raise gpu_memory_utilization, or free memory"
             )
         shape = backend.cache_shape(config.num_kvcache_blocks, *layout)
         for layer in self.attentions:
-            layer.backend = backend
             layer.k_cache = torch.empty(shape, dtype=config.dtype, device=self.device)
             layer.v_cache = torch.empty(shape, dtype=config.dtype, device=self.device)
+        return needed // num_sharing
 
     def _activation_bytes(self) -> int:
-        """What the largest prefill step takes beside weights and cache, measured by running one."""
+        """What the largest step takes beside weights and cache, measured by running it: prefill, sampling, reports.
+
+        What libraries take beside PyTorch's allocator stays taken, so that it is not free any more afterwards.
+        """
         config = self.config
-        num_tokens = config.max_num_batched_tokens
-        num_seqs = min(config.max_num_seqs, -(-num_tokens // config.max_model_len))
-        lens = np.full(num_seqs, min(config.max_model_len, num_tokens), dtype=np.int32)
-        cu_seqlens = np.concatenate([[0], lens.cumsum()]).astype(np.int32)
-        zeros = np.zeros(cu_seqlens[-1], dtype=np.int64)
-        batch = Batch(True, zeros, zeros, zeros, context_lens=lens, cu_seqlens_q=cu_seqlens)
+        num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        num_tokens = min(config.max_num_batched_tokens, num_seqs * config.max_model_len)
+        cu_seqlens = np.linspace(0, num_tokens, num_seqs + 1).astype(np.int32)
+        zeros = np.zeros(num_tokens, dtype=np.int64)
+        batch = Batch(True, zeros, zeros, zeros, context_lens=np.diff(cu_seqlens), cu_seqlens_q=cu_seqlens)
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        with torch.inference_mode():
-            logits = self.forward(batch)
-            if logits is not None:
-                sample(logits)
-        peak = torch.cuda.max_memory_allocated(self.device)
+        before = torch.cuda.memory_reserved(self.device)
+        try:
+            with torch.inference_mode():
+                logits = self.forward(batch)
+                if logits is not None:
+                    edited, ones = logits.float(), torch.ones(num_seqs, device=self.device)
+                    token_logprobs(logits, sample(edited, ones, ones.double() / 2).tolist(), 1)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"a step of {num_tokens} tokens of {num_seqs} sequences needs more memory than the GPU has left beside "
+                f"the weights: lower max_num_batched_tokens or max_num_seqs. PyTorch said: {error}"
+            ) from error
+        peak = torch.cuda.max_memory_reserved(self.device)
+        del logits
         torch.cuda.empty_cache()
         return peak - before
 
 
-def make_context(batch: Batch, device: torch.device) -> Context:
-    """What the layers need to know of a batch, on their device."""
-    context = Context(
-        is_prefill=batch.is_prefill,
-        slot_mapping=to_tensor(batch.slot_mapping, device),
-        context_lens=to_tensor(batch.context_lens, device),
-        block_tables=to_tensor(batch.block_tables, device),
-        max_seqlen_q=1,
-        max_seqlen_k=int(batch.context_lens.max()),
-    )
+def make_inputs(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Context]:
+    """[T] token ids, [T] positions, and what the layers need to know of a batch, on their device."""
+    cu_seqlens_k, max_seqlen_q = None, 1
     if batch.is_prefill:
         cu_seqlens_k = np.concatenate([[0], batch.context_lens.cumsum()]).astype(np.int32)
-        context.cu_seqlens_q = to_tensor(batch.cu_seqlens_q, device)
-        context.cu_seqlens_k = to_tensor(cu_seqlens_k, device)
-        context.max_seqlen_q = int(np.diff(batch.cu_seqlens_q).max())
-    return context
-
-
-def to_tensor(array: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
-    return None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
+        max_seqlen_q = int(np.diff(batch.cu_seqlens_q).max())
+    seqlens = batch.cu_seqlens_q, cu_seqlens_k
+    cache = batch.slot_mapping, batch.context_lens, batch.block_tables
+    input_ids, positions, cu_seqlens_q, cu_seqlens_k, *cache = upload(
+        [batch.input_ids, batch.positions, *seqlens, *cache], device
+    )
+    max_seqlens = max_seqlen_q, int(batch.context_lens.max())
+    return input_ids, positions, Context(batch.is_prefill, cu_seqlens_q, cu_seqlens_k, *max_seqlens, *cache)
 
 
 def _score_prompts(seqs: list[Sequence], batch: Batch, rows: np.ndarray, logits: torch.Tensor) -> None:

@@ -74,6 +74,7 @@ class ParallelRunner(ModelRunner):
         self.tp.disconnect()
         if torch.get_num_threads() == self._threads:  # else somebody has changed it since
             torch.set_num_threads(self._threads_before)
+        super().close()
 
     def _connect(self, size: int, device: torch.device) -> TensorParallel:
         """Joins the group, in a thread that is given up if a worker ends meanwhile: it would wait for it too long."""

@@ -1,15 +1,24 @@
 """Causal attention over a paged KV cache. The arithmetic is a backend's; this file only chooses and calls it.
 
-Legend: T tokens in the step, H/KH query/KV heads, D head_dim.
+Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim.
 """
 
+import logging
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.layers.attention_cpu import CPUAttention
+from nanovllm.layers.attention_flash import Opened, open_flash_attn, open_torch_varlen
+from nanovllm.utils.checks import require
 from nanovllm.utils.context import Context, get_context
+from nanovllm.utils.device import gpu_capability
+
+logger = logging.getLogger("nanovllm")
 
 
 class AttentionBackend(Protocol):
@@ -20,33 +29,19 @@ class AttentionBackend(Protocol):
         """The layout of `k_cache` and of `v_cache`."""
 
     @staticmethod
-    def store(
-        k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
+    def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
         """Writes [T, KH, D] keys and values to their slots; slot -1 is not stored."""
 
     @staticmethod
-    def prefill(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        context: Context,
-    ) -> torch.Tensor:
+    def prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
         """[T, H, D] new queries over cached prefix and new keys, causal, aligned at the end. Returns [T, H, D]."""
 
     @staticmethod
-    def decode(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context) -> torch.Tensor:
-        """[S, H, D] queries, one a sequence, over everything in the cache. Returns [S, H, D]."""
+    def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
+        """[S, H, D] queries, one a sequence, over everything in the cache. Returns [S, H, D].
 
-
-BACKENDS: dict[str, type[AttentionBackend]] = {"cpu": CPUAttention}
-
-
-def choose_backend(name: str) -> type[AttentionBackend]:
-    """The backend called `name`; "auto" is the fastest that works here."""
-    return CPUAttention if name == "auto" else BACKENDS[name]
+        On CUDA it must not wait for the device, so that a graph can hold it; a row of length 0 may return anything.
+        """
 
 
 class Attention(nn.Module):
@@ -57,10 +52,10 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.backend: type[AttentionBackend] = CPUAttention
+        self.backend: AttentionBackend = CPUAttention
         self.k_cache = self.v_cache = torch.empty(0)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[T, H, D], [T, KH, D], [T, KH, D] -> [T, H, D]; the scale is 1 / sqrt(D)."""
         context = get_context()
         if self.k_cache.numel():  # none yet while the runner measures how much memory the model needs
@@ -68,3 +63,58 @@ class Attention(nn.Module):
         if context.is_prefill:
             return self.backend.prefill(q, k, v, self.k_cache, self.v_cache, context)
         return self.backend.decode(q, self.k_cache, self.v_cache, context)
+
+
+def open_triton(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> Opened:
+    gpu_capability(device)
+    require(find_spec("triton") is not None, "the package triton is not installed")
+    require(16 <= head_dim <= 256, f"it needs a head_dim of 16 to 256, the model has {head_dim}")
+    return import_module("nanovllm.layers.attention_triton").TritonAttention, "triton"
+
+
+# In the order in which "auto" tries them. Each returns a backend and what to call it, or raises why there is none here.
+BACKENDS: dict[str, Callable[[torch.device, torch.dtype, int, int], Opened]] = {
+    "flash_attn": open_flash_attn,
+    "triton": open_triton,
+    "torch_varlen": open_torch_varlen,
+    "cpu": lambda *settings: (CPUAttention, "cpu (plain PyTorch)"),
+}
+
+
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, layer: Attention, block_size: int
+) -> AttentionBackend:
+    """The backend called `name`; "auto" is the first of `BACKENDS` that works here, and logs why no earlier one does.
+
+    Raises:
+        ValueError: The one that was asked for cannot run here; the message says why.
+    """
+    reasons = []
+    for candidate in BACKENDS if name == "auto" else [name]:
+        is_slow = device.type == "cuda" and candidate == "cpu"
+        try:
+            backend, label = BACKENDS[candidate](device, dtype, layer.head_dim, block_size)
+            if device.type == "cuda" and not is_slow:
+                _run_once(backend, device, dtype, layer, block_size)
+        except Exception as error:  # whatever a compiler or a library raises
+            if name != "auto":
+                remedy = "attention_backend='auto' finds one that does"
+                raise ValueError(f"attention_backend={name!r} does not work here: {error}; {remedy}") from error
+            reasons.append(f"not {candidate}: {(str(error).strip() or repr(error)).splitlines()[0]}")
+        else:
+            logger.log(logging.WARNING if is_slow else logging.INFO, "; ".join([f"attention: {label}", *reasons]))
+            return backend
+
+
+def _run_once(
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, layer: Attention, block_size: int
+) -> None:
+    """Kernels may have been built for other GPUs, or their compiler may be missing."""
+    cache = torch.zeros(backend.cache_shape(1, block_size, layer.num_kv_heads, layer.head_dim), dtype=dtype).to(device)
+    q, k = (torch.zeros(1, n, layer.head_dim).to(device, dtype) for n in (layer.num_heads, layer.num_kv_heads))
+    slots, bounds = torch.zeros(1, dtype=torch.int64, device=device), torch.arange(2, dtype=torch.int32, device=device)
+    backend.store(k, k, cache, cache, slots)
+    tables = {"slot_mapping": slots, "context_lens": bounds[1:], "block_tables": bounds[:1].view(1, 1)}
+    backend.decode(q, cache, cache, Context(**tables))
+    backend.prefill(q, k, k, cache, cache, Context(True, bounds, bounds, 1, 1, **tables))
+    torch.cuda.synchronize(device)

@@ -1,10 +1,17 @@
 """The one place that knows devices apart: which there is, which dtype suits it, how much memory it has left."""
 
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
 import psutil
 import torch
 
+from nanovllm.utils.checks import require
+
 GIB = 2**30
 CPU_CACHE_BYTES = 4 * GIB
+ALIGNMENT = 64  # bytes; Triton compiles a kernel anew for a pointer that is not a multiple of 16
 
 
 def resolve_device(name: str) -> torch.device:
@@ -33,6 +40,18 @@ def has_fast_bf16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in probes)
 
 
+def gpu_capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability.
+
+    Raises:
+        ValueError: The device is no GPU, or one that attention kernels do not support.
+    """
+    require(device.type == "cuda", f"it needs a CUDA GPU, the device is {device.type!r}")
+    capability = torch.cuda.get_device_capability(device)
+    require(capability >= (8, 0), f"it needs compute capability 8.0, the GPU has {capability[0]}.{capability[1]}")
+    return capability
+
+
 def suitable_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What to compute a checkpoint of `dtype` in: 16 bits become fp32 or fp16 where bf16 is slow."""
     if dtype == torch.float32:
@@ -57,3 +76,22 @@ def available_memory(device: torch.device, gpu_memory_utilization: float) -> int
 def default_cache_bytes(device: torch.device, available: int) -> int:
     """The KV cache's share of the available memory: all of it on CUDA; on the CPU half of it, at most 4 GiB."""
     return available if device.type == "cuda" else min(CPU_CACHE_BYTES, available // 2)
+
+
+def upload(
+    arrays: Sequence[np.ndarray | None], device: torch.device, buffer: torch.Tensor | None = None
+) -> list[torch.Tensor | None]:
+    """The arrays as tensors on `device`: views of one [bytes] uint8 tensor, by default a new one, filled by one copy.
+
+    The copy is from pinned memory, so nobody waits for it; PyTorch keeps that memory until it is done.
+    """
+    if device.type == "cpu" and buffer is None:
+        return [None if array is None else torch.from_numpy(array) for array in arrays]
+    given = [torch.from_numpy(array) for array in arrays if array is not None]
+    starts = [0, *accumulate(-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in given)]
+    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for i, x in zip(starts, given, strict=False):
+        host[i : i + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+    there = host.to(device, non_blocking=True) if buffer is None else buffer[: len(host)].copy_(host, non_blocking=True)
+    views = (there[i : i + x.nbytes].view(x.dtype).view(x.shape) for i, x in zip(starts, given, strict=False))
+    return [None if array is None else next(views) for array in arrays]

@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 
-from nanovllm.layers.attention import BACKENDS
+from nanovllm.layers.attention_cpu import CPUAttention
 from nanovllm.utils.context import Context
 
+BACKENDS = {"cpu": CPUAttention}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 GRID = [
     (kv_heads, group, head_dim, block_size)

@@ -1,0 +1,103 @@
+"""CUDA graphs of the decode step: one launch for all of a model's kernels, at a few batch sizes.
+
+A graph reads its inputs where they were when it was captured, so each step writes them there, padded to the graph's
+size. Knows nothing of models.
+Legend: S sequences, N rows of a graph, B block-table columns.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nanovllm.engine.batch import Batch
+from nanovllm.utils.context import Context, reset_context, set_context
+from nanovllm.utils.device import ALIGNMENT, upload
+
+LARGEST = 512  # with more sequences the GPU is busy for longer than the launches take
+INPUTS = {  # of a batch: dtype, and what stands in rows that are not used, which so store nothing and read nothing
+    "input_ids": (np.int64, 0),
+    "positions": (np.int64, 0),
+    "slot_mapping": (np.int64, -1),
+    "context_lens": (np.int32, 0),
+    "block_tables": (np.int32, 0),
+}
+Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Up to `max_num_seqs` and 512: 1, 2, 4, 8, then steps of 16, from 128 on of a quarter of the power of two below.
+
+    Fewer than a fifth of the rows of a large batch are padding, and in a small one it is the weights that take time.
+    """
+    top, sizes, size = min(max_num_seqs, LARGEST), [1, 2, 4, 8], 16
+    while size < top:
+        sizes.append(size)
+        size += max(16, 2 ** (size.bit_length() - 3))
+    return [size for size in sizes if size < top] + [top]
+
+
+class DecodeGraphs:
+    """Captured largest first, so that the smaller ones fit into its memory.
+
+    Args:
+        model: [N] token ids and [N] positions -> [N, hidden_size]. Logits stay outside: one launch, only for S rows.
+        sizes: Values of N, ascending.
+        max_blocks: B, of a sequence at its full length.
+        device: Where all of it is.
+        show_progress: Show a progress bar.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Model, sizes: list[int], max_blocks: int, device: torch.device, show_progress: bool):
+        self.sizes, self.device = sizes, device
+        empty = np.zeros(0)
+        nothing = Batch(False, empty, empty, empty, empty, block_tables=np.zeros((0, max_blocks)))
+        row_bytes = 3 * 8 + 4 + 4 * max_blocks
+        self._buffer = torch.empty(sizes[-1] * row_bytes + len(INPUTS) * ALIGNMENT, dtype=torch.uint8, device=device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        pool = None
+        for size in tqdm(sizes[::-1], "Capturing CUDA graphs", unit="graph", disable=not show_progress):
+            graph, output = capture(partial(_run, model, *self._write(nothing, size)), pool)
+            pool = graph.pool()
+            self._graphs[size] = graph, output
+
+    def replay(self, batch: Batch) -> torch.Tensor:
+        """[S, hidden_size] of at most `sizes[-1]` sequences; valid until the next replay."""
+        num_seqs = len(batch.context_lens)
+        size = next(size for size in self.sizes if size >= num_seqs)
+        self._write(batch, size)
+        graph, output = self._graphs[size]
+        graph.replay()
+        return output[:num_seqs]
+
+    def _write(self, batch: Batch, size: int) -> list[torch.Tensor]:
+        padded = []
+        for name, (dtype, padding) in INPUTS.items():
+            array = getattr(batch, name)
+            padded.append(np.full((size, *array.shape[1:]), padding, dtype))
+            padded[-1][: len(array)] = array
+        return upload(padded, self.device, self._buffer)
+
+
+def _run(
+    model: Model, input_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor,
+    block_tables: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    set_context(Context(slot_mapping=slots, context_lens=lens, block_tables=block_tables))
+    try:
+        return model(input_ids, positions)
+    finally:
+        reset_context()
+
+
+def capture(work: Callable[[], torch.Tensor], pool: object) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A graph of what `work` launches, and its output, which each replay writes again."""
+    work()  # compiles and allocates what must exist before
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # other threads watch collectives
+        output = work()
+    return graph, output
