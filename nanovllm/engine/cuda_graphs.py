@@ -82,11 +82,8 @@ class DecodeGraphs:
         return upload(padded, self.device, self._buffer)
 
 
-def _run(
-    model: Model, input_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor,
-    block_tables: torch.Tensor
-) -> torch.Tensor:  # fmt: skip
-    set_context(Context(slot_mapping=slots, context_lens=lens, block_tables=block_tables))
+def _run(model: Model, input_ids: torch.Tensor, positions: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
+    set_context(Context(False, None, None, 0, 0, *cache))
     try:
         return model(input_ids, positions)
     finally:

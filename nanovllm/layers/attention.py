@@ -91,18 +91,17 @@ def choose_backend(
     """
     reasons = []
     for candidate in BACKENDS if name == "auto" else [name]:
-        is_slow = device.type == "cuda" and candidate == "cpu"
         try:
             backend, label = BACKENDS[candidate](device, dtype, layer.head_dim, block_size)
-            if device.type == "cuda" and not is_slow:
+            if backend is not CPUAttention:
                 _run_once(backend, device, dtype, layer, block_size)
         except Exception as error:  # whatever a compiler or a library raises
             if name != "auto":
-                remedy = "attention_backend='auto' finds one that does"
-                raise ValueError(f"attention_backend={name!r} does not work here: {error}; {remedy}") from error
+                raise ValueError(f"attention_backend={name!r} does not work here: {error}; 'auto' finds one") from error
             reasons.append(f"not {candidate}: {(str(error).strip() or repr(error)).splitlines()[0]}")
         else:
-            logger.log(logging.WARNING if is_slow else logging.INFO, "; ".join([f"attention: {label}", *reasons]))
+            level = logging.WARNING if device.type == "cuda" and backend is CPUAttention else logging.INFO
+            logger.log(level, "; ".join([f"attention: {label}", *reasons]))
             return backend
 
 
@@ -117,4 +116,5 @@ def _run_once(
     tables = {"slot_mapping": slots, "context_lens": bounds[1:], "block_tables": bounds[:1].view(1, 1)}
     backend.decode(q, cache, cache, Context(**tables))
     backend.prefill(q, k, k, cache, cache, Context(True, bounds, bounds, 1, 1, **tables))
-    torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -57,7 +57,7 @@ class FlashAttention2(_PagedAttention):
 
 
 class FlashAttention3(FlashAttention2):
-    """Shah et al., 2024, arXiv:2407.08608. Blocks of any size."""
+    """Shah et al., 2024, arXiv:2407.08608. Takes blocks of any size."""
 
     block_table = "page_table"
 
@@ -70,11 +70,7 @@ class FlashAttention3(FlashAttention2):
 
 
 class TorchVarlen(_PagedAttention):
-    """`torch.nn.attention.varlen.varlen_attn`.
-
-    Through block tables it must not split the keys of a sequence: PyTorch then leaves outputs unwritten (its issue
-    194167). So it needs many sequences to be fast.
-    """
+    """PyTorch's. It may not split the keys behind a block table, else it leaves outputs unwritten (pytorch#194167)."""
 
     def __init__(self, varlen_attn: Callable[..., Tensor]):
         super().__init__()
