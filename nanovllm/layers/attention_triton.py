@@ -1,0 +1,259 @@
+"""Paged attention in Triton for CUDA GPUs: nothing to compile or to install beside PyTorch, no tuning at run time.
+
+Both kernels are FlashAttention-2's online softmax in base 2 (Dao, 2023, arXiv:2307.08691). What varies from step to
+step never specialises a kernel and no launch waits for the device, so that a CUDA graph can hold the decode.
+Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim, B block-table columns, P splits.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.utils.context import Context
+
+MAX_SPLITS = 64
+PROGRAMS_PER_SM = 16  # wanted of a decode: some to run beside each other, the rest to even out ragged lengths
+RAGGED = ["slots", "cu_seqlens_q", "cu_seqlens_k", "context_lens", "block_tables", "num_seqs", "columns", "num_splits"]
+
+
+class TritonAttention:
+    """See `nanovllm.layers.attention.AttentionBackend`. Caches are contiguous; head_dim is 16 to 256."""
+
+    @staticmethod
+    def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        return num_blocks, block_size, num_kv_heads, head_dim
+
+    @staticmethod
+    def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+        store_kvcache(k, v, k_cache, v_cache, slot_mapping)
+
+    @staticmethod
+    def prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
+        (num_tokens, num_heads, head_dim), group = q.shape, q.shape[1] // k.shape[1]
+        block_size, tables = 0, context.cu_seqlens_q  # not a table, but neither is it read
+        if context.block_tables is not None:
+            block_size, tables = k_cache.shape[1], context.block_tables
+            k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+        out = q.new_empty(num_tokens, num_heads, head_dim)
+        q, k, v = (x.flatten(1) for x in (q, k, v))  # views: the heads of a token are contiguous
+        num_seqs = len(context.cu_seqlens_q) - 1
+        config = prefill_config(_device(q.device)[0], head_dim, q.dtype)
+        _prefill_kernel[num_heads, num_tokens // config["ROWS"] + num_seqs](
+            q, k, v, out, context.cu_seqlens_q, context.cu_seqlens_k, tables, num_seqs, tables.stride(0),
+            q.stride(0), k.stride(0), v.stride(0), H=num_heads, GROUP=group, D=head_dim, BLOCK_SIZE=block_size, **config
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
+        (num_seqs, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q.shape, k_cache.shape
+        tables = context.block_tables
+        capability, num_sms = _device(q.device)
+        config = decode_config(capability, head_dim, q.dtype)
+        # From what a CUDA graph fixes: the same for every batch that a graph is replayed for.
+        wanted = triton.cdiv(PROGRAMS_PER_SM * num_sms, num_seqs * num_kv_heads)
+        num_splits = min(wanted, triton.cdiv(tables.shape[1] * block_size, config["TILE"]), MAX_SPLITS)
+        partial = q.new_empty(num_seqs, num_heads, num_splits, head_dim, dtype=torch.float32)
+        log_sums = q.new_empty(num_seqs, num_heads, num_splits, dtype=torch.float32)
+        out, q = q.new_empty(q.shape), q.flatten(1)
+        _decode_kernel[num_kv_heads, num_seqs, num_splits](
+            q, k_cache, v_cache, partial, log_sums, context.context_lens, tables, tables.stride(0), q.stride(0),
+            KH=num_kv_heads, GROUP=num_heads // num_kv_heads, D=head_dim, BLOCK_SIZE=block_size, **config
+        )  # fmt: skip
+        _merge_splits_kernel[num_heads, num_seqs](
+            partial, log_sums, out, context.context_lens, num_splits,
+            H=num_heads, D=head_dim, MAX_SPLITS=MAX_SPLITS, TILE=config["TILE"], num_warps=8
+        )  # fmt: skip
+        return out
+
+
+def store_kvcache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Writes [T, KH, D] keys and values to their slots of [blocks, block_size, KH, D] caches; -1 is not stored."""
+    k, v = k.flatten(1), v.flatten(1)  # views: the heads of a token are contiguous
+    _store_kernel[(len(k),)](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), SIZE=k.shape[1])
+
+
+def prefill_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Queries a program (ROWS), keys a step (TILE), warps and pipeline stages: what fits and spills no register."""
+    if dtype == torch.float32:  # no tensor cores
+        rows, tile, warps, stages = 16, 16, 4, 2
+    elif capability[0] in (9, 10):  # 227 KB of shared memory
+        rows, tile, warps, stages = 128, 128 if head_dim <= 128 else 32, 8, 3 if head_dim <= 64 else 2
+    elif head_dim <= 128:  # 99 KB are enough from here on
+        rows, tile, warps, stages = (64, 32, 4, 3) if head_dim <= 32 else (128, 64, 8, 3)
+    else:
+        rows, tile, warps, stages = 64, 32, 8, 2
+    return {"ROWS": rows, "TILE": tile, "num_warps": warps, "num_stages": stages}
+
+
+def decode_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """The same without ROWS: three programs a multiprocessor on Hopper, each with two tiles under way."""
+    if dtype == torch.float32:
+        return {"TILE": 16, "num_warps": 4, "num_stages": 2}
+    return {"TILE": 64 if head_dim <= 128 else 32, "num_warps": 4, "num_stages": 3}
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of multiprocessors; for Triton's interpreter those of a small one."""
+    if device.type == "cpu":
+        return (9, 0), 4
+    return torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit(do_not_specialize=RAGGED)
+def _store_kernel(k, v, k_cache, v_cache, slots, k_stride, v_stride, SIZE: tl.constexpr):
+    """A program copies one token."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot < 0:
+        return
+    cols = tl.arange(0, triton.next_power_of_2(SIZE))
+    tl.store(k_cache + slot * SIZE + cols, tl.load(k + token * k_stride + cols, mask=cols < SIZE), mask=cols < SIZE)
+    tl.store(v_cache + slot * SIZE + cols, tl.load(v + token * v_stride + cols, mask=cols < SIZE), mask=cols < SIZE)
+
+
+@triton.jit
+def _key_rows(first_row, block_table, tile, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Where keys tile to tile + TILE are: from `first_row` on, or through the block table where there is one."""
+    keys = tile + tl.arange(0, TILE)
+    if BLOCK_SIZE == 0:
+        rows = first_row + keys
+    elif BLOCK_SIZE % TILE == 0:  # all in one block
+        block = tl.load(block_table + tile // BLOCK_SIZE, mask=tile < end, other=0)
+        rows = block.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
+    else:
+        blocks = tl.load(block_table + keys // BLOCK_SIZE, mask=keys < end, other=0)
+        rows = blocks.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
+    return rows
+
+
+@triton.jit
+def _attend(
+    q, k, v, k_stride, v_stride, first_row, block_table, start, end, last, highest, total, acc,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Takes queries [rows, D] over keys start to end; returns each row's highest score, sum of weights, and output.
+
+    `last` is the last key that each row may see. Every row must see a key in the first tile of all.
+    """
+    scale: tl.constexpr = 1.4426950408889634 * D**-0.5  # of base 2
+    cols = tl.arange(0, q.shape[1])
+    rows = _key_rows(first_row, block_table, start, end, BLOCK_SIZE, TILE)
+    for tile in range(start, end, TILE):
+        keys = tile + tl.arange(0, TILE)
+        mask = (keys < end)[:, None] & (cols < D)[None, :]
+        k_tile = tl.load(k + rows[:, None] * k_stride + cols[None, :], mask=mask, other=0.0)
+        v_tile = tl.load(v + rows[:, None] * v_stride + cols[None, :], mask=mask, other=0.0)
+        # A step ahead, or else the pipeline would count the table's latency for one of its stages.
+        rows = _key_rows(first_row, block_table, tile + TILE, end, BLOCK_SIZE, TILE)
+        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
+        if MASKED:
+            scores = tl.where(keys[None, :] <= last[:, None], scores, float("-inf"))
+        previous, highest = highest, tl.maximum(highest, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - highest[:, None])
+        shrink = tl.exp2(previous - highest)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
+    return highest, total, acc
+
+
+@triton.jit(do_not_specialize=RAGGED)
+def _prefill_kernel(
+    q, k, v, out, cu_seqlens_q, cu_seqlens_k, block_tables, num_seqs, columns, q_stride, k_stride, v_stride,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr
+):  # fmt: skip
+    """A program takes one head's next ROWS queries of a sequence; the longest stretches of keys start first.
+
+    The T queries make at most T // ROWS + S pieces: sequence i owns those from its start // ROWS + i on.
+    """
+    head, piece = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    num_before = 0
+    for start in range(0, num_seqs, 512):
+        seqs = start + tl.arange(0, 512)
+        starts = tl.load(cu_seqlens_q + seqs, mask=seqs < num_seqs, other=0)
+        num_before += tl.sum(((starts // ROWS + seqs <= piece) & (seqs < num_seqs)).to(tl.int32))
+    seq = num_before - 1
+    q_start, k_start = tl.load(cu_seqlens_q + seq), tl.load(cu_seqlens_k + seq)
+    len_q = tl.load(cu_seqlens_q + seq + 1) - q_start
+    len_k = tl.load(cu_seqlens_k + seq + 1) - k_start
+    first = (piece - q_start // ROWS - seq) * ROWS
+    if first >= len_q:
+        return
+    rows, cols = first + tl.arange(0, ROWS), tl.arange(0, triton.next_power_of_2(D))
+    mask = (rows < len_q)[:, None] & (cols < D)[None, :]
+    tokens = (q_start + rows).to(tl.int64)[:, None]
+    queries = tl.load(q + tokens * q_stride + head * D + cols[None, :], mask=mask, other=0.0)
+
+    last = len_k - len_q + rows
+    k, v = k + head // GROUP * D, v + head // GROUP * D
+    block_table = block_tables + seq.to(tl.int64) * columns
+    end = min(len_k, len_k - len_q + first + ROWS)
+    visible_end = (len_k - len_q + first + 1) // TILE * TILE  # so far every row sees every key
+    highest, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, cols.shape[0]], tl.float32)
+    highest, total, acc = _attend(
+        queries, k, v, k_stride, v_stride, k_start.to(tl.int64), block_table, 0, visible_end, last,
+        highest, total, acc, D, BLOCK_SIZE, TILE, False
+    )  # fmt: skip
+    highest, total, acc = _attend(
+        queries, k, v, k_stride, v_stride, k_start.to(tl.int64), block_table, visible_end, end, last,
+        highest, total, acc, D, BLOCK_SIZE, TILE, True
+    )  # fmt: skip
+    acc = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + (tokens * H + head) * D + cols[None, :], acc, mask=mask)
+
+
+@triton.jit
+def _split_length(context_len, num_splits, TILE: tl.constexpr):
+    return tl.cdiv(tl.cdiv(context_len, num_splits), TILE) * TILE
+
+
+@triton.jit(do_not_specialize=RAGGED)
+def _decode_kernel(
+    q, k_cache, v_cache, partial, log_sums, context_lens, block_tables, columns, q_stride,
+    KH: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """A program takes the queries of one group over one stretch of a sequence's keys (Flash-Decoding)."""
+    kv_head, seq, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    context_len = tl.load(context_lens + seq)
+    length = _split_length(context_len, tl.num_programs(2), TILE)
+    start, end = split * length, min(context_len, (split + 1) * length)
+    if start >= end:
+        return
+    ROWS: tl.constexpr = max(16, triton.next_power_of_2(GROUP))  # as few as tensor cores take
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, triton.next_power_of_2(D))
+    mask = (rows < GROUP)[:, None] & (cols < D)[None, :]
+    heads = kv_head * GROUP + rows
+    queries = tl.load(q + seq * q_stride + heads[:, None] * D + cols[None, :], mask=mask, other=0.0)
+    highest, total, acc = _attend(
+        queries, k_cache + kv_head * D, v_cache + kv_head * D, KH * D, KH * D, 0, block_tables + seq * columns,
+        start, end, tl.full([ROWS], end - 1, tl.int32), tl.full([ROWS], float("-inf"), tl.float32),
+        tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, cols.shape[0]], tl.float32), D, BLOCK_SIZE, TILE, True
+    )  # fmt: skip
+    places = (seq * KH * GROUP + heads) * tl.num_programs(2) + split
+    tl.store(log_sums + places, highest + tl.log2(total), mask=rows < GROUP)
+    tl.store(partial + places[:, None] * D + cols[None, :], acc / total[:, None], mask=mask)
+
+
+@triton.jit(do_not_specialize=RAGGED)
+def _merge_splits_kernel(
+    partial, log_sums, out, context_lens, num_splits,
+    H: tl.constexpr, D: tl.constexpr, MAX_SPLITS: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Weighs a head's partial outputs by their sums; the output over no keys is zero."""
+    head = tl.program_id(1).to(tl.int64) * H + tl.program_id(0)
+    context_len = tl.load(context_lens + tl.program_id(1))
+    splits, cols = tl.arange(0, MAX_SPLITS), tl.arange(0, triton.next_power_of_2(D))
+    used = splits * _split_length(context_len, num_splits, TILE) < context_len
+    log_sum = tl.load(log_sums + head * num_splits + splits, mask=used, other=float("-inf"))
+    weights = tl.exp2(log_sum - tl.maximum(tl.max(log_sum, 0), -1e30))
+    mask = used[:, None] & (cols < D)[None, :]
+    places = (head * num_splits + splits)[:, None] * D + cols[None, :]
+    acc = tl.sum(weights[:, None] * tl.load(partial + places, mask=mask, other=0.0), 0)
+    acc = acc / tl.maximum(tl.sum(weights, 0), 1e-30)
+    tl.store(out + head * D + cols, acc.to(out.dtype.element_ty), mask=cols < D)
