@@ -58,7 +58,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import make_inputs
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.utils.device import resolve_device, upload
+from nanovllm.utils.device import default_batched_tokens, resolve_device, upload
 
 QWEN3_0_6B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28,
@@ -79,6 +79,7 @@ ENGINE_OPTIONS = {  # fields of Config, with their defaults
     "max_num_batched_tokens": "most tokens in a prefill step",
     "kvcache_block_size": "tokens in a block of the KV cache",
     "num_kvcache_blocks": "-1 fills the memory budget",
+    "quantization": "int8 (nanovllm on a CPU)",
 }
 CONFIG_DEFAULTS = {field.name: field.default for field in fields(Config)}
 MAX_TOKEN_ID = 10_000
@@ -534,7 +535,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--engine-args", type=json.loads, metavar="JSON", default={}, help=text)
     for name, text in ENGINE_OPTIONS.items():
         default = CONFIG_DEFAULTS[name]
-        group.add_argument(flag(name), type=type(default), metavar="X", default=default, help=f"{text} (%(default)s)")
+        kind = int if name == "max_num_batched_tokens" else str if default is None else type(default)
+        shown = "16384, on a CPU 2048" if name == "max_num_batched_tokens" else default
+        group.add_argument(flag(name), type=kind, metavar="X", default=default, help=f"{text} ({shown})")
     return parser
 
 
@@ -565,6 +568,7 @@ def complete(args: argparse.Namespace) -> None:
         raise ValueError("--load-format auto needs --model")
     args.load_format = args.load_format or ("auto" if args.model else "dummy")
     SamplingParams(args.temperature)
+    args.max_num_batched_tokens = args.max_num_batched_tokens or default_batched_tokens(resolve_device(args.device))
     defaults = CLASSIC if args.control_plane or resolve_device(args.device).type == "cuda" else SMALL
     if args.shared_prefix_len:
         defaults = defaults | {"num_seqs": 32}

@@ -15,7 +15,7 @@ from nanovllm.layers.attention import BACKENDS
 from nanovllm.layers.rotary_embedding import rope_settings
 from nanovllm.models import MODELS
 from nanovllm.utils.checks import check_bool, check_choice, check_float, check_int
-from nanovllm.utils.device import resolve_device, suitable_dtype
+from nanovllm.utils.device import default_batched_tokens, resolve_device, suitable_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
@@ -27,7 +27,8 @@ class Config:
 
     Args:
         model: A Hugging Face checkpoint directory, or an `owner/name` id of the hub.
-        max_num_batched_tokens: Most tokens computed in one prefill step; a longer prompt is computed in chunks.
+        max_num_batched_tokens: Most tokens computed in one prefill step; a longer prompt is computed in chunks. None:
+            see `utils.device.default_batched_tokens`.
         max_num_seqs: Most sequences that run at the same time.
         max_model_len: Most tokens of a sequence, prompt included. Lowered to what the model supports.
         gpu_memory_utilization: Share of a GPU's memory to use, in (0, 1].
@@ -41,6 +42,7 @@ class Config:
         device: "auto" (CUDA if there is one), "cpu" or "cuda".
         attention_backend: "auto" (the first of these that works here), "flash_attn", "triton", "torch_varlen" or "cpu".
         load_format: "auto" (safetensors) or "dummy" (random weights, for benchmarks).
+        quantization: None, or "int8": weights in 8 bits, each output channel with a scale (CPU only).
         seed: Of the sampling and of dummy weights.
 
     Raises:
@@ -49,7 +51,7 @@ class Config:
     """
 
     model: str
-    max_num_batched_tokens: int = 16384
+    max_num_batched_tokens: int | None = None
     max_num_seqs: int = 512
     max_model_len: int = 4096
     gpu_memory_utilization: float = 0.9
@@ -63,6 +65,7 @@ class Config:
     device: str | torch.device = "auto"
     attention_backend: str = "auto"
     load_format: str = "auto"
+    quantization: str | None = None
     seed: int = 0
     model_path: Path = field(init=False)
     architecture: str = field(init=False)
@@ -71,6 +74,8 @@ class Config:
     def __post_init__(self) -> None:
         self._check_ranges()
         self.device = resolve_device(str(self.device))
+        if self.max_num_batched_tokens is None:
+            self.max_num_batched_tokens = default_batched_tokens(self.device)
         self.model_path = resolve_model(self.model)
         if self.hf_config is None:
             self.hf_config = read_hf_config(self.model_path)
@@ -89,7 +94,8 @@ class Config:
 
     def _check_ranges(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "kvcache_block_size"):
-            check_int(name, getattr(self, name), 1)
+            if name != "max_num_batched_tokens" or self.max_num_batched_tokens is not None:
+                check_int(name, getattr(self, name), 1)
         check_int("tensor_parallel_size", self.tensor_parallel_size, 1, 8)
         check_int("seed", self.seed)
         check_int("num_kvcache_blocks", self.num_kvcache_blocks, -1)
@@ -100,6 +106,7 @@ class Config:
         check_choice("dtype", str(self.dtype).removeprefix("torch."), ["auto", *DTYPES])
         check_choice("attention_backend", self.attention_backend, ["auto", *BACKENDS])
         check_choice("load_format", self.load_format, ["auto", "dummy"])
+        check_choice("quantization", self.quantization, [None, "int8"])
 
     def _read_eos(self) -> int | Sequence[int]:
         """The ids in generation_config.json, else in config.json; none is an empty list."""

@@ -32,11 +32,18 @@ MAX_TOKENS = 160
 EXAMPLE_ANSWERS = (INTRODUCTION, f"The prime numbers within 100 are: {', '.join(map(str, PRIMES))}.")
 
 
-def nanovllm_backend(folder: Path) -> Generate:
-    """Generates with the nanovllm engine: the bf16 weights, computed in fp32."""
+PRECISIONS = {
+    "fp32": {"dtype": "float32"},
+    "bf16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8"},
+}
+
+
+def nanovllm_backend(folder: Path, precision: str) -> Generate:
+    """Generates with the nanovllm engine from the bf16 weights."""
     from nanovllm import LLM, SamplingParams
 
-    llm = LLM(str(folder), dtype="float32", seed=0)
+    llm = LLM(str(folder), seed=0, **PRECISIONS[precision])
 
     def generate(prompts: list[list[int]], temperature: float) -> list[str]:
         outputs = llm.generate(prompts, SamplingParams(temperature=temperature, max_tokens=MAX_TOKENS))
@@ -71,11 +78,11 @@ def transformers_backend(folder: Path) -> Generate:
     return generate
 
 
-def backend(folder: Path, name: str) -> tuple[str, Generate]:
+def backend(folder: Path, name: str, precision: str) -> tuple[str, Generate]:
     """Returns the named way to generate text, or the best one at hand for "auto"."""
     if name != "transformers":
         try:
-            return "nanovllm", nanovllm_backend(folder)
+            return "nanovllm", nanovllm_backend(folder, precision)
         except ImportError:
             if name == "nanovllm":
                 raise
@@ -157,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(__file__).resolve().parent, help="checkpoint folder")
     parser.add_argument("--backend", choices=("auto", "nanovllm", "transformers"), default="auto")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="that nanovllm computes in")
     parser.add_argument("--count", type=int, default=400, help="held-out prompts per family")
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), help="families to measure")
     parser.add_argument("--quick", action="store_true", help="families only")
@@ -165,7 +173,7 @@ def main() -> None:
     args = parser.parse_args()
 
     started = time.monotonic()
-    name, generate = backend(args.model, args.backend)
+    name, generate = backend(args.model, args.backend, args.precision)
     print(f"engine: {name}")
     evaluation = Evaluation(args.model, generate, args.mistakes)
     for family in args.families:

@@ -1,4 +1,4 @@
-"""CUDA graphs of the decode step: one launch for all of a model's kernels, at a few batch sizes.
+"""The decode step as one launch for all of a model's kernels: CUDA graphs, and recordings of the CPU's.
 
 A graph reads its inputs where they were when it was captured, so each step writes them there, padded to the graph's
 size. Knows nothing of models.
@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from nanovllm.engine.batch import Batch
+from nanovllm.layers.cpu_kernels.library import Recording
 from nanovllm.utils.context import Context, reset_context, set_context
 from nanovllm.utils.device import ALIGNMENT, upload
 
@@ -50,17 +51,20 @@ class DecodeGraphs:
         show_progress: Show a progress bar.
     """
 
-    @torch.inference_mode()
     def __init__(self, model: Model, sizes: list[int], max_blocks: int, device: torch.device, show_progress: bool):
-        self.sizes, self.device = sizes, device
+        self.sizes, self.device, self._model = sizes, device, model
         empty = np.zeros(0)
         nothing = Batch(False, empty, empty, empty, empty, block_tables=np.zeros((0, max_blocks)))
         row_bytes = 3 * 8 + 4 + 4 * max_blocks
         self._buffer = torch.empty(sizes[-1] * row_bytes + len(INPUTS) * ALIGNMENT, dtype=torch.uint8, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor] | Recording] = {}
+        self._capture_all(nothing, show_progress)
+
+    @torch.inference_mode()
+    def _capture_all(self, nothing: Batch, show_progress: bool) -> None:
         pool = None
-        for size in tqdm(sizes[::-1], "Capturing CUDA graphs", unit="graph", disable=not show_progress):
-            graph, output = capture(partial(_run, model, *self._write(nothing, size)), pool)
+        for size in tqdm(self.sizes[::-1], "Capturing CUDA graphs", unit="graph", disable=not show_progress):
+            graph, output = capture(partial(_run, self._model, *self._write(nothing, size)), pool)
             pool = graph.pool()
             self._graphs[size] = graph, output
 
@@ -80,6 +84,32 @@ class DecodeGraphs:
             padded.append(np.full((size, *array.shape[1:]), padding, dtype))
             padded[-1][: len(array)] = array
         return upload(padded, self.device, self._buffer)
+
+
+class RecordedSteps(DecodeGraphs):
+    """The same on a CPU, made for each number of sequences when it first decodes: to record a step costs no time.
+
+    What is not one of the CPU's kernels cannot be recorded; if there is such a thing, `sizes` says that nothing can.
+    """
+
+    def __init__(self, model: Model, max_num_seqs: int, max_blocks: int):
+        super().__init__(model, range(1, max_num_seqs + 1), max_blocks, torch.device("cpu"), False)
+
+    def _capture_all(self, nothing: Batch, show_progress: bool) -> None:
+        """Nothing is captured ahead."""
+
+    def replay(self, batch: Batch) -> torch.Tensor:
+        """As `DecodeGraphs.replay`."""
+        size = len(batch.context_lens)
+        inputs = self._write(batch, size)
+        if size in self._graphs:
+            return self._graphs[size].replay()
+        recording = Recording(partial(_run, self._model, *inputs), is_checked=not self._graphs)
+        if recording.is_complete:
+            self._graphs[size] = recording
+        else:
+            self.sizes = range(1)
+        return recording.output
 
 
 def _run(model: Model, input_ids: torch.Tensor, positions: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:

@@ -14,13 +14,15 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.batch import Batch, BatchBuilder
-from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
+from nanovllm.engine.cuda_graphs import DecodeGraphs, RecordedSteps, graph_sizes
 from nanovllm.engine.sampling import sample_with_options
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.attention import Attention, AttentionBackend, choose_backend
 from nanovllm.layers.attention_cpu import CPUAttention
+from nanovllm.layers.fused import fused_ops
 from nanovllm.layers.logits_processor import token_logprobs
 from nanovllm.layers.sampler import sample
+from nanovllm.layers.weight import pack_weights
 from nanovllm.models import MODELS
 from nanovllm.utils.context import Context, reset_context, set_context
 from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, upload
@@ -65,8 +67,11 @@ class ModelRunner:
         free = available_memory(self.device, 1.0)
         if sizes:
             self.graphs = DecodeGraphs(self.model, sizes, max_blocks, self.device, self.tp.rank == 0)
+        elif self._can_record():
+            self.graphs = RecordedSteps(self.model, config.max_num_seqs, max_blocks)
         times.append(perf_counter())
-        weight_bytes = sum(param.nbytes for param in self.model.parameters())
+        weights = {id(module.weight): module.weight for module in self.model.modules() if hasattr(module, "weight")}
+        weight_bytes = sum(weight.nbytes for weight in weights.values())
         graph_bytes = free - available_memory(self.device, 1.0) if sizes else 0
         parts = "weights", f"{config.num_kvcache_blocks} cache blocks", f"{len(sizes)} CUDA graphs"
         parts = zip(parts, (weight_bytes, cache_bytes, graph_bytes), np.diff(times), strict=True)
@@ -147,10 +152,16 @@ class ModelRunner:
             load_dummy(model, config.seed)
         else:
             load_model(model, config.model_path, self.tp.rank == 0, self._check_ranks)
+        pack_weights(model, config.quantization)
         return model.eval()
 
     def _can_capture(self, backend: AttentionBackend) -> bool:
         return self.device.type == "cuda" and backend is not CPUAttention and not self.config.enforce_eager
+
+    def _can_record(self) -> bool:
+        """Collectives cannot be recorded."""
+        is_alone = self.tp.size == 1 and not self.config.enforce_eager
+        return is_alone and self.device.type == "cpu" and fused_ops(torch.empty(0, dtype=self.config.dtype)) is not None
 
     def _allocate_kv_cache(self, backend: AttentionBackend, max_blocks: int, graph_bytes: int) -> int:
         """Returns the cache's bytes. Graphs hold its addresses, so their memory is reserved before they are made."""

@@ -1,5 +1,7 @@
 """Attention in plain PyTorch, for any machine: a loop over sequences, each read through its block table.
 
+For bf16 on a CPU with the kernels of `cpu_kernels` those are called instead; the plain code says what they compute.
+
 The cache is `[num_blocks, num_kv_heads, block_size, head_dim]`, so that a head's keys are contiguous.
 Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim, L tokens of one sequence.
 """
@@ -7,6 +9,7 @@ Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim, L to
 import torch
 import torch.nn.functional as F
 
+from nanovllm.layers import cpu_kernels
 from nanovllm.utils.context import Context
 
 
@@ -21,6 +24,10 @@ class CPUAttention:
     def store(
         k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
+        if cpu_kernels.has_kernels(k):
+            cpu_kernels.store(k, k_cache, slot_mapping)
+            cpu_kernels.store(v, v_cache, slot_mapping)
+            return
         stored = slot_mapping >= 0
         if not stored.all():
             k, v, slot_mapping = k[stored], v[stored], slot_mapping[stored]
@@ -38,6 +45,9 @@ class CPUAttention:
         v_cache: torch.Tensor,
         context: Context,
     ) -> torch.Tensor:
+        if _can_attend(q):
+            caches = (k, v) if context.block_tables is None else (k_cache, v_cache)
+            return cpu_kernels.attend(q, *caches, context, context.block_tables)
         out = torch.empty_like(q)
         bounds = context.cu_seqlens_q.tolist()
         lens_k = context.cu_seqlens_k.diff().tolist()
@@ -62,6 +72,8 @@ class CPUAttention:
 
     @staticmethod
     def decode(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context) -> torch.Tensor:
+        if _can_attend(q):
+            return cpu_kernels.attend(q, k_cache, v_cache, context, context.block_tables)
         num_kv_heads = k_cache.shape[1]
         out = torch.empty_like(q)
         # The query heads of a group share their keys: as rows of one query matrix they read them once.
@@ -72,6 +84,10 @@ class CPUAttention:
             attended = F.scaled_dot_product_attention(grouped[i : i + 1], keys.unsqueeze(0), values.unsqueeze(0))
             grouped_out[i] = attended.squeeze(0)
         return out
+
+
+def _can_attend(q: torch.Tensor) -> bool:
+    return q.shape[2] % 32 == 0 and q.shape[2] <= 256 and cpu_kernels.has_kernels(q)
 
 
 def _gather(

@@ -1,9 +1,9 @@
 """The two ends of the vocabulary, split by rows over tensor-parallel ranks: embedding and LM head."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.layers.weight import embedding, linear
 from nanovllm.utils.context import get_context
 from nanovllm.utils.loader import CheckpointTensor, copy_weight
 from nanovllm.utils.parallel import TensorParallel
@@ -31,9 +31,9 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[T] token ids -> [T, hidden_size]."""
         if self.tp.size == 1:
-            return F.embedding(input_ids, self.weight)
+            return embedding(input_ids, self.weight)
         is_mine = (input_ids >= self.start) & (input_ids < self.end)
-        embeddings = F.embedding(torch.where(is_mine, input_ids - self.start, 0), self.weight)
+        embeddings = embedding(torch.where(is_mine, input_ids - self.start, 0), self.weight)
         return self.tp.all_reduce(embeddings * is_mine.unsqueeze(-1))
 
 
@@ -49,5 +49,5 @@ class ParallelLMHead(VocabParallelEmbedding):
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """[n, hidden_size] -> [n, vocab_size] on rank 0, None on the others."""
-        logits = self.tp.gather_columns(F.linear(hidden_states, self.weight))
+        logits = self.tp.gather_columns(linear(hidden_states, self.weight))
         return None if logits is None else logits[:, : self.vocab_size]

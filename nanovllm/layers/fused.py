@@ -6,6 +6,8 @@ from types import ModuleType
 
 import torch
 
+from nanovllm.layers import cpu_kernels
+
 
 def fused_ops(x: torch.Tensor) -> ModuleType | None:
     """The module of `add_rms_norm`, `norm_rope`, `silu_and_mul`, `sample` for such tensors; None: plain PyTorch."""
@@ -18,4 +20,6 @@ def _kernels(device_type: str, dtype: torch.dtype) -> ModuleType | None:
         from nanovllm.layers import fused_triton
 
         return fused_triton
+    if device_type == "cpu" and dtype == torch.bfloat16 and cpu_kernels.load_kernels():
+        return cpu_kernels
     return None

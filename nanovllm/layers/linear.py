@@ -5,9 +5,9 @@ Column parallel: outputs are split, no communication. Row parallel: inputs are s
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.layers.weight import linear
 from nanovllm.utils.loader import CheckpointTensor, copy_weight
 from nanovllm.utils.parallel import TensorParallel
 
@@ -52,7 +52,7 @@ class ColumnParallelLinear(nn.Module):
         copy_weight(param[ours], loaded, (self.output_sizes[shard], *param.shape[1:]), theirs)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return F.linear(x, self.weight, self.bias).split(self.split_sizes, dim=-1)
+        return linear(x, self.weight, self.bias).split(self.split_sizes, dim=-1)
 
 
 class RowParallelLinear(nn.Module):
@@ -76,4 +76,4 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias if self.tp.rank == 0 else None  # added once, not once per rank
-        return self.tp.all_reduce(F.linear(x, self.weight, bias))
+        return self.tp.all_reduce(linear(x, self.weight, bias))

@@ -24,7 +24,7 @@ from nanovllm.utils.parallel import TensorParallel
 
 BLOCK = 8
 MAX_TOKENS = 24
-SETTINGS = {"kvcache_block_size": BLOCK, "dtype": "float32", "device": "cpu"}
+SETTINGS = {"max_num_batched_tokens": 16384, "kvcache_block_size": BLOCK, "dtype": "float32", "device": "cpu"}
 PRESSURED = SETTINGS | {"num_kvcache_blocks": 13, "max_num_batched_tokens": 11}
 LENGTHS = [1, 5, BLOCK, 3 * BLOCK - 1, 3 * BLOCK, 3 * BLOCK + 1, 70]
 

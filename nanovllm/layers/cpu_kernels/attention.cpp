@@ -1,0 +1,239 @@
+// Attention over the paged KV cache.
+//
+// Online softmax over tiles of keys (FlashAttention, Dao et al., 2022, arXiv:2205.14135), for up to 32 query rows of
+// one KV head at a time: a row is one token's query of one of the heads that share the KV head, so that a key is read
+// once for all of them. Decode is the case of one token.
+//
+// Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim: a multiple of 32, at most 256.
+
+#include "common.h"
+
+namespace {
+
+constexpr int64_t KEYS = 64;      // of a tile
+constexpr int64_t ROWS = 32;      // query rows of a task
+constexpr int64_t MAX_DIM = 256;  // of a head
+
+struct Tile {  // n keys from `start` on, and the keys of the tile after it
+    const bf16 *k, *v, *next_k;
+    int64_t start, n;
+};
+
+struct Keys {  // of one KV head of one sequence
+    const bf16 *k, *v;
+    const int32_t* table;  // block ids; nullptr: the keys follow each other
+    int64_t block_size, block_stride, k_stride, v_stride;
+
+    // The first of keys [from, to) that follow each other in memory.
+    Tile tile(int64_t from, int64_t to) const {
+        int64_t block = from / block_size, offset = from % block_size, start = table ? table[block] * block_stride : 0;
+        const bf16 *tile_k = k + start + offset * k_stride, *tile_v = v + start + offset * v_stride;
+        return {tile_k, tile_v, tile_k, from, std::min(to - from, block_size - offset)};
+    }
+};
+
+struct Rows {  // of one task
+    float sums[ROWS][MAX_DIM];  // of values; in the order in which unpacking leaves them
+    float maxima[ROWS], totals[ROWS];
+    bf16 q[ROWS][MAX_DIM];
+    int64_t limits[ROWS];  // keys that the row may see
+};
+
+// Lane i of the result is the sum of the lanes of x[i % 4]... of which only the first four lanes matter.
+inline __m128 sum4(const __m512* x) {
+    __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    __m512 c = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))));
+    __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
+}
+
+// What is read next is fetched from memory meanwhile: during the keys of a tile its values, then the next tile's keys.
+inline void fetch(const bf16* x, int64_t stride, int64_t n, int64_t d) {
+    for (int64_t i = 0; i < n; i++, x += stride)
+        for (int64_t c = 0; c < d; c += 32) _mm_prefetch((const char*)(x + c), _MM_HINT_T1);
+}
+
+// scores[r][j] = q[r] . k[j] for n keys; up to three more columns are filled with copies of the last.
+template <int R>
+void multiply_keys(const bf16 (*q)[MAX_DIM], const bf16* k, int64_t stride, int64_t n, int64_t d,
+                   float (*scores)[KEYS], const bf16* soon, int64_t soon_stride) {
+    for (int64_t j = 0; j < n; j += 4) {
+        __m512 sums[R][4];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+            sums[r][0] = sums[r][1] = sums[r][2] = sums[r][3] = _mm512_setzero_ps();
+        fetch(soon + j * soon_stride, soon_stride, 4, d);
+        const bf16* keys[4];
+        for (int i = 0; i < 4; i++) keys[i] = k + std::min(j + i, n - 1) * stride;
+        for (int64_t c = 0; c < d; c += 32) {
+            __m512bh k0 = load32(keys[0] + c), k1 = load32(keys[1] + c), k2 = load32(keys[2] + c),
+                     k3 = load32(keys[3] + c);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                __m512bh a = load32(q[r] + c);
+                sums[r][0] = _mm512_dpbf16_ps(sums[r][0], a, k0);
+                sums[r][1] = _mm512_dpbf16_ps(sums[r][1], a, k1);
+                sums[r][2] = _mm512_dpbf16_ps(sums[r][2], a, k2);
+                sums[r][3] = _mm512_dpbf16_ps(sums[r][3], a, k3);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) _mm_storeu_ps(scores[r] + j, sum4(sums[r]));
+    }
+}
+
+// Scores of one row into weights relative to its maximum so far; what it has summed up is brought to the new maximum.
+void soften(const float* scores, int64_t n, float scale, Rows& rows, int64_t r, int64_t d, bf16* weights) {
+    __m512 x[KEYS / 16];
+    __m512 largest = _mm512_set1_ps(-INFINITY);
+    for (int64_t j = 0; j < KEYS; j += 16) {
+        x[j / 16] = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), lanes(n - j), _mm512_loadu_ps(scores + j),
+                                       _mm512_set1_ps(scale));
+        largest = _mm512_max_ps(largest, x[j / 16]);
+    }
+    float maximum = std::max(rows.maxima[r], _mm512_reduce_max_ps(largest));
+    if (maximum > rows.maxima[r]) {
+        float factor = std::exp2(rows.maxima[r] - maximum);
+        rows.totals[r] *= factor;
+        for (int64_t c = 0; c < d; c++) rows.sums[r][c] *= factor;
+        rows.maxima[r] = maximum;
+    }
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t j = 0; j < KEYS; j += 16) {
+        x[j / 16] = exp2_of(_mm512_max_ps(_mm512_sub_ps(x[j / 16], _mm512_set1_ps(maximum)), _mm512_set1_ps(-160.0f)));
+        total = _mm512_add_ps(total, x[j / 16]);
+        store16(weights + j, x[j / 16]);
+    }
+    rows.totals[r] += _mm512_reduce_add_ps(total);
+}
+
+// sums[r] += weights[r] . v for n keys, two keys and C x 32 columns at a time.
+template <int R, int C>
+void add_values(const bf16 (*weights)[KEYS], const bf16* v, int64_t stride, int64_t n, float (*sums)[MAX_DIM],
+                const bf16* soon, int64_t soon_stride) {
+    __m512 a[R][2 * C];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * C; c++) a[r][c] = _mm512_loadu_ps(sums[r] + 16 * c);
+    for (int64_t j = 0; j < n; j += 2, v += 2 * stride) {
+        fetch(soon + j * soon_stride, soon_stride, 2, 32 * C);
+        const bf16* second = j + 1 < n ? v + stride : v;  // its weight is 0 then
+#pragma GCC unroll 2
+        for (int c = 0; c < C; c++) {
+            __m512i v0 = _mm512_loadu_si512(v + 32 * c), v1 = _mm512_loadu_si512(second + 32 * c);
+            __m512bh low = (__m512bh)_mm512_unpacklo_epi16(v0, v1), high = (__m512bh)_mm512_unpackhi_epi16(v0, v1);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                __m512bh pair = broadcast_pair(weights[r] + j);
+                a[r][2 * c] = _mm512_dpbf16_ps(a[r][2 * c], low, pair);
+                a[r][2 * c + 1] = _mm512_dpbf16_ps(a[r][2 * c + 1], high, pair);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * C; c++) _mm512_storeu_ps(sums[r] + 16 * c, a[r][c]);
+}
+
+template <int R>
+void attend_tile(Rows& rows, int64_t first, const Tile& tile, const Keys& keys, int64_t d, float scale) {
+    alignas(64) float scores[R][KEYS];
+    alignas(64) bf16 weights[R][KEYS];
+    multiply_keys<R>(rows.q + first, tile.k, keys.k_stride, tile.n, d, scores, tile.v, keys.v_stride);
+    for (int r = 0; r < R; r++)
+        soften(scores[r], std::min(tile.n, rows.limits[first + r] - tile.start), scale, rows, first + r, d, weights[r]);
+    for (int64_t c = 0; c < d; c += 64) {
+        auto sums = (float (*)[MAX_DIM])(rows.sums[first] + c);
+        auto add = c + 64 <= d ? add_values<R, 2> : add_values<R, 1>;
+        add(weights, tile.v + c, keys.v_stride, tile.n, sums, tile.next_k + c, keys.k_stride);
+    }
+}
+
+void write_row(const float* sums, float total, bf16* out, int64_t d) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    __m512 factor = _mm512_set1_ps(total > 0 ? 1 / total : 0);
+    for (int64_t c = 0; c < d; c += 32) {
+        __m512 a = _mm512_mul_ps(_mm512_loadu_ps(sums + c), factor);
+        __m512 b = _mm512_mul_ps(_mm512_loadu_ps(sums + c + 16), factor);
+        store16(out + c, _mm512_permutex2var_ps(a, low, b));
+        store16(out + c + 16, _mm512_permutex2var_ps(a, high, b));
+    }
+}
+
+struct Task {
+    int64_t seq, head, first, end;  // rows of the sequence
+};
+
+}  // namespace
+
+// Writes [T, KH, D] keys or values (tokens `stride` apart) to their slots of a [blocks, KH, block_size, D] cache.
+EXPORT void store_kv(const bf16* x, int64_t stride, bf16* cache, const int64_t* slots, int64_t num_tokens,
+                     int64_t num_kv_heads, int64_t block_size, int64_t d) {
+#pragma omp parallel for
+    for (int64_t t = 0; t < num_tokens; t++)
+        for (int64_t h = 0; h < num_kv_heads && slots[t] >= 0; h++) {
+            int64_t block = slots[t] / block_size, offset = slots[t] % block_size;
+            std::memcpy(cache + ((block * num_kv_heads + h) * block_size + offset) * d, x + t * stride + h * d, 2 * d);
+        }
+}
+
+// q, out [T, H, D]; bounds [S + 1] of each sequence's queries (nullptr: one each); lens [S] keys, whose last query sees
+// all. Keys and values in [blocks, KH, block_size, D] caches through tables [S, columns], or, if tables is nullptr,
+// the T new ones, tokens k_stride and v_stride apart.
+EXPORT void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const int32_t* bounds, const int32_t* lens,
+                   const int32_t* tables, int64_t columns, int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads,
+                   int64_t d, int64_t block_size, int64_t k_stride, int64_t v_stride) {
+    int64_t group = num_heads / num_kv_heads;
+    float scale = 1.44269504f / std::sqrt(float(d));
+    std::vector<Task> tasks;
+    for (int64_t s = 0; s < num_seqs; s++) {
+        int64_t rows = (bounds ? bounds[s + 1] - bounds[s] : 1) * group;
+        for (int64_t h = 0; h < num_kv_heads; h++)
+            for (int64_t first = 0; first < rows; first += ROWS)
+                tasks.push_back({s, h, first, std::min(rows, first + ROWS)});
+    }
+#pragma omp parallel for schedule(guided)
+    for (size_t i = 0; i < tasks.size(); i++) {
+        auto [s, h, first, end] = tasks[i];
+        int64_t start = bounds ? bounds[s] : s, num_queries = bounds ? bounds[s + 1] - start : 1;
+        int64_t block = block_size * d;
+        Keys keys{k, v, nullptr, lens[s], 0, k_stride, v_stride};
+        if (tables) keys = {k, v, tables + s * columns, block_size, num_kv_heads * block, d, d};
+        keys.k += tables ? h * block : start * k_stride + h * d;
+        keys.v += tables ? h * block : start * v_stride + h * d;
+        alignas(64) Rows rows;
+        int64_t num_rows = end - first;
+        for (int64_t r = 0; r < num_rows; r++) {
+            int64_t token = (first + r) / group, head = h * group + (first + r) % group;
+            std::memcpy(rows.q[r], q + ((start + token) * num_heads + head) * d, 2 * d);
+            rows.limits[r] = lens[s] - num_queries + token + 1;
+            rows.maxima[r] = -INFINITY;
+            rows.totals[r] = 0;
+            std::fill(rows.sums[r], rows.sums[r] + d, 0.0f);
+        }
+        int64_t limit = rows.limits[num_rows - 1];
+        Tile tile, next = limit > 0 ? keys.tile(0, std::min(limit, KEYS)) : Tile{};
+        for (int64_t from = 0; from < limit; from += tile.n) {
+            tile = next;
+            if (from + tile.n < limit) next = keys.tile(from + tile.n, std::min(limit, from + tile.n + KEYS));
+            tile.next_k = next.k;
+            for (int64_t r = 0; r < num_rows; r += 4) {
+                int64_t num = std::min<int64_t>(4, num_rows - r);
+                if (rows.limits[r + num - 1] <= from) continue;
+                with_rows<4>(num, [&]<int R>() { attend_tile<R>(rows, r, tile, keys, d, scale); });
+            }
+        }
+        for (int64_t r = 0; r < num_rows; r++) {
+            int64_t token = (first + r) / group, head = h * group + (first + r) % group;
+            write_row(rows.sums[r], rows.totals[r], out + ((start + token) * num_heads + head) * d, d);
+        }
+    }
+}
+
+REPLAYABLE(store_kv)
+REPLAYABLE(attend)

@@ -1,0 +1,179 @@
+"""The compiled functions: built when first needed and kept for every process of this machine; called, or recorded."""
+
+import ctypes
+import hashlib
+import math
+import os
+import shutil
+import struct
+import tempfile
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanovllm.utils.device import cpu_has
+
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+FEATURES = ["avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16", "avx512_vnni"]
+FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-mfma", "-mprefer-vector-width=512"]
+FLAGS += ["-m" + feature.replace("512_", "512") for feature in FEATURES]
+
+# Of each function the kinds of its arguments: pointer, integer, fp32.
+SIGNATURES = {
+    "pack_bf16": "pii",
+    "pack_int8": "piippp",
+    "linear_bf16": "pipppiii",
+    "linear_int8": "pipppppiii",
+    "rows_bf16": "pppii",
+    "rows_int8": "ppppii",
+    "store_kv": "pippiiii",
+    "attend": "pppppppiiiiiiii",
+    "add_rms_norm": "pppfppii",
+    "norm_rope": "pipippfpppppiiii",
+    "silu_and_mul": "ppipii",
+    "sample": "pipppii",
+    "replay": "pi",
+}
+KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
+@cache
+def load_kernels() -> ctypes.CDLL | None:
+    """The compiled functions, or None if they cannot be: with one warning, unless the processor is what cannot."""
+    if not all(cpu_has(feature) for feature in FEATURES):
+        return None
+    try:
+        library = ctypes.CDLL(str(_build()))
+    except Exception as error:  # whatever a compiler, a file system or a linker can do wrong
+        warnings.warn(
+            f"the CPU kernels could not be compiled, so plain PyTorch is used, which is several times slower; "
+            f"install a C++ compiler (g++ 10 or newer, or clang) and the package ninja. The reason: {str(error)[:500]}",
+            stacklevel=2,
+        )
+        return None
+    for name, kinds in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [KINDS[kind] for kind in kinds], None
+    return library
+
+
+def _build() -> Path:
+    """The shared library of these sources; compiles it if this machine's cache does not have it."""
+    files = [*SOURCES, Path(__file__).parent / "common.h"]
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in files) + " ".join(FLAGS).encode()).hexdigest()[:16]
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    library = root / f"nanovllm_cpu_kernels_{key}.so"
+    if not library.exists():
+        from torch.utils.cpp_extension import load  # imports setuptools, which takes a while
+
+        root.mkdir(parents=True, exist_ok=True)
+        # In a directory of its own: a process that is killed while it compiles leaves no lock for others to wait on.
+        directory = tempfile.mkdtemp(dir=root)
+        try:
+            load(
+                "kernels",
+                [str(source) for source in SOURCES],
+                extra_cflags=FLAGS,
+                extra_ldflags=["-fopenmp"],
+                build_directory=directory,
+                is_python_module=False,
+            )
+            os.replace(Path(directory) / "kernels.so", library)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+    return library
+
+
+def call(name: str, *args: torch.Tensor | int | float | None) -> None:
+    """Runs a function, and notes the call if there is a `Recording` under way."""
+    values = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    getattr(load_kernels(), name)(*values)
+    if _recording is not None:
+        _recording.calls.append((name, values))
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Memory for a result."""
+    return torch.empty(*shape, dtype=dtype) if _recording is None else _recording.empty(shape, dtype)
+
+
+_recording: "Recording | None" = None
+
+
+class Recording:
+    """The calls of one run of a piece of work, which `replay` repeats without Python between them.
+
+    For work that reads and writes the same memory each time. Its results live in memory that other recordings use too:
+    they are valid until the next run or replay of one. What PyTorch computes itself is not recorded.
+
+    Args:
+        work: Is run once.
+        is_checked: Whether to find out if PyTorch computes anything.
+
+    Attributes:
+        output: What the work returned.
+        is_complete: Nothing was found that is not recorded.
+    """
+
+    _free: dict[int, list[np.ndarray]] = defaultdict(list)  # buffers of all recordings that none uses now, by size
+
+    def __init__(self, work: Callable[[], torch.Tensor], is_checked: bool = True):
+        global _recording
+        self.calls: list[tuple[str, list]] = []
+        watch = _Watch() if is_checked else None
+        _recording = self
+        try:
+            with watch or nullcontext():
+                self.output = work()
+        finally:
+            _recording = None
+        self.is_complete = watch is None or not watch.has_computed
+        packed = [_packing(name).pack(*(value or 0 for value in values)) for name, values in self.calls]
+        self._arguments = np.frombuffer(b"".join(packed), dtype=np.int64)
+        sizes = np.array([len(arguments) for arguments in packed], dtype=np.int64)
+        starts = self._arguments.ctypes.data + np.cumsum(sizes) - sizes
+        functions = np.array([_address("call_" + name) for name, _ in self.calls], dtype=np.int64)
+        self._table = np.stack([functions, starts], axis=1)  # [calls, 2]
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As torch.empty, of memory that is used again once nothing refers to the tensor, but never given back."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        size = 1 << (num_bytes - 1).bit_length()
+        buffer = self._free[size].pop() if self._free[size] else np.empty(size, dtype=np.uint8)
+        used = buffer[:num_bytes]  # an array object of its own, which ends with the tensor's storage
+        weakref.finalize(used, self._free[size].append, buffer)
+        return torch.from_numpy(used).view(dtype).view(shape)
+
+    def replay(self) -> torch.Tensor:
+        load_kernels().replay(self._table.ctypes.data, len(self._table))
+        return self.output
+
+
+class _Watch(TorchDispatchMode):
+    """Notices what PyTorch computes, which is all but views and memory."""
+
+    has_computed = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        harmless = torch.ops.aten.empty, torch.ops.aten.detach
+        self.has_computed |= not func.is_view and func.overloadpacket not in harmless
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _address(name: str) -> int:
+    return ctypes.cast(getattr(load_kernels(), name), ctypes.c_void_p).value
+
+
+@cache
+def _packing(name: str) -> struct.Struct:
+    """Each argument in 64 bits."""
+    return struct.Struct("".join("f4x" if kind == "f" else "q" for kind in SIGNATURES[name]))

@@ -1,0 +1,12 @@
+// Runs a sequence of recorded calls without Python between them.
+
+#include "common.h"
+
+struct Call {
+    void (*function)(const int64_t*);  // a call_NAME
+    const int64_t* arguments;
+};
+
+EXPORT void replay(const Call* calls, int64_t num_calls) {
+    for (int64_t i = 0; i < num_calls; i++) calls[i].function(calls[i].arguments);
+}

@@ -1,0 +1,59 @@
+"""Weights as a device likes them: as the checkpoint has them, or reordered for the CPU's kernels, in bf16 or int8.
+
+Legend: T tokens, N/K outputs/inputs of a layer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm.layers import cpu_kernels
+from nanovllm.utils.device import cpu_has
+
+Weight = torch.Tensor | cpu_kernels.PackedWeight | cpu_kernels.Int8Weight
+
+
+def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """[T, K] -> [T, N]."""
+    return F.linear(x, weight, bias) if isinstance(weight, torch.Tensor) else weight.linear(x, bias)
+
+
+def embedding(ids: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """[T] -> [T, K], rows of the weight."""
+    return F.embedding(ids, weight) if isinstance(weight, torch.Tensor) else weight.rows(ids)
+
+
+def pack_weights(model: nn.Module, quantization: str | None) -> None:
+    """Replaces the weights of a loaded model's products by what is fastest here; one by one, so that memory holds.
+
+    Embeddings are replaced only if they are tied to the LM head. Sizes that do not fit the kernels stay as they are.
+
+    Args:
+        model: On the device where it will run.
+        quantization: None or "int8".
+
+    Raises:
+        ValueError: `quantization` is not for this device, dtype or processor.
+    """
+    dtype, device = next((weight.dtype, weight.device) for weight in model.parameters())
+    if dtype != torch.bfloat16 or device.type != "cpu" or cpu_kernels.load_kernels() is None:
+        if quantization is not None:
+            raise ValueError(
+                f"quantization={quantization!r} needs device='cpu', dtype='bfloat16', a processor with AVX512-BF16 and "
+                f"AVX512-VNNI, and a C++ compiler; here are {device.type} and {dtype}: leave quantization out"
+            )
+        return
+    if quantization is None and cpu_has("amx_bf16"):
+        return  # PyTorch's own products are faster on matrix units
+    kind = cpu_kernels.PackedWeight if quantization is None else cpu_kernels.Int8Weight
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and cpu_kernels.can_pack(weight):
+            owners.setdefault(weight, []).append(module)
+    while owners:
+        weight, modules = owners.popitem()
+        packed = kind(weight)
+        for module in modules:
+            del module.weight
+            module.weight = packed

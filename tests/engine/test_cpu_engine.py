@@ -1,0 +1,99 @@
+"""The engine on the CPU's bf16 kernels: recorded decode steps, weights in int8, several ranks."""
+
+import pytest
+import torch
+
+from helpers import DEMO_MODEL, random_prompts, save_model
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.cuda_graphs import RecordedSteps
+from nanovllm.layers import cpu_kernels, weight
+from nanovllm.layers.cpu_kernels import Int8Weight, PackedWeight
+from nanovllm.layers.cpu_kernels.library import load_kernels
+
+needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
+SETTINGS = {"kvcache_block_size": 16, "num_kvcache_blocks": 60, "dtype": "bfloat16", "device": "cpu"}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 320}
+
+
+def greedy(path, **settings) -> tuple[list[list[int]], RecordedSteps | None]:
+    """Completions of different lengths, so that the number of sequences keeps changing, twice."""
+    with LLM(str(path), **SETTINGS | settings) as llm:
+        prompts = random_prompts([3, 40, 17, 5, 90, 33, 16, 15])
+        params = [SamplingParams(temperature=0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(8)]
+        outputs = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
+        assert all(isinstance(w, PackedWeight) for w in [llm.model_runner.model.lm_head.weight]) or settings
+        return [output["token_ids"] for output in outputs[0] + outputs[1]], llm.model_runner.graphs
+
+
+@needs_kernels
+@pytest.mark.parametrize("pressure", [{}, {"num_kvcache_blocks": 14}, {"max_num_batched_tokens": 20}])
+def test_recorded_steps_give_the_tokens_of_eager_ones(tmp_path, pressure):
+    save_model(tmp_path, dtype=torch.bfloat16, **SIZES)
+    recorded, steps = greedy(tmp_path, **pressure)
+    eager, no_steps = greedy(tmp_path, enforce_eager=True, **pressure)
+    assert recorded == eager and no_steps is None
+    assert isinstance(steps, RecordedSteps) and len(steps._graphs) >= 4
+
+
+@needs_kernels
+def test_a_model_that_the_kernels_do_not_fit_is_not_recorded(tmp_path):
+    """Its intermediate size is no multiple of 32, so that some products are PyTorch's."""
+    save_model(tmp_path, dtype=torch.bfloat16, **SIZES | {"intermediate_size": 72})
+    tokens, steps = greedy(tmp_path, max_num_seqs=8)
+    assert tokens == greedy(tmp_path, max_num_seqs=8, enforce_eager=True)[0]
+    assert not steps._graphs and steps.sizes[-1] == 0
+
+
+@needs_kernels
+def test_tied_embeddings_share_one_packed_weight(tmp_path):
+    save_model(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=True, **SIZES)
+    for quantization, kind in ((None, PackedWeight), ("int8", Int8Weight)):
+        with LLM(str(tmp_path), quantization=quantization, **SETTINGS) as llm:
+            model = llm.model_runner.model
+            assert isinstance(model.lm_head.weight, kind) and model.lm_head.weight is model.model.embed_tokens.weight
+            assert not any(param.dim() == 2 for param in model.parameters())
+
+
+@needs_kernels
+def test_int8_is_close_to_bf16_and_takes_half_the_memory(tmp_path):
+    save_model(tmp_path, dtype=torch.bfloat16, **SIZES | {"hidden_size": 256, "intermediate_size": 512})
+    captured, sizes = {}, {}
+    for quantization in (None, "int8"):
+        with LLM(str(tmp_path), quantization=quantization, **SETTINGS) as llm:
+            forward, logits = llm.model_runner.forward, []
+            llm.model_runner.forward = lambda *args: logits.append(forward(*args)) or logits[-1]  # noqa: B023
+            llm.generate(random_prompts([5, 40, 80]), SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+            captured[quantization] = torch.cat(logits).float()
+            sizes[quantization] = llm.model_runner.model.lm_head.weight.nbytes
+    error = (captured["int8"] - captured[None]).norm() / captured[None].norm()
+    # Each product adds an error of about 1 % (weights and activations rounded to 1/254 of their largest value).
+    assert 0.001 < error < 0.06
+    assert sizes["int8"] < 0.55 * sizes[None]
+
+
+def test_int8_where_it_cannot_be_computed_is_an_error_that_says_why(tmp_path, monkeypatch):
+    save_model(tmp_path, **SIZES)
+    with pytest.raises(ValueError, match="dtype='bfloat16'"):
+        LLM(str(tmp_path), quantization="int8", **SETTINGS | {"dtype": "float32"})
+    monkeypatch.setattr(weight.cpu_kernels, "load_kernels", lambda: None)
+    with pytest.raises(ValueError, match="C\\+\\+ compiler"):
+        LLM(str(tmp_path), quantization="int8", **SETTINGS)
+    with LLM(str(tmp_path), **SETTINGS) as llm:
+        assert isinstance(llm.model_runner.model.lm_head.weight, torch.Tensor)
+
+
+@needs_kernels
+def test_two_ranks_run_on_packed_shards_and_record_nothing():
+    prompts = [[{"role": "user", "content": text}] for text in ("introduce yourself", "add 12 and 30", "sort 5 2 9 1")]
+    params = SamplingParams(temperature=0, max_tokens=40)
+    answers = []
+    for settings in ({}, {"tensor_parallel_size": 2}, {"quantization": "int8"}):
+        with LLM(str(DEMO_MODEL), dtype="bfloat16", device="cpu", **settings) as llm:
+            answers.append([output["text"] for output in llm.chat(prompts, params, use_tqdm=False)])
+            assert (llm.model_runner.graphs is None) == ("tensor_parallel_size" in settings)
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_kernels_are_for_bf16_on_the_cpu_only():
+    assert not cpu_kernels.has_kernels(torch.empty(1))
+    assert not cpu_kernels.has_kernels(torch.empty(1, dtype=torch.bfloat16, device="meta"))

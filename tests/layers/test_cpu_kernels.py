@@ -1,0 +1,227 @@
+"""The CPU's C++ kernels against plain PyTorch; attention itself is in test_attention.py, in bf16."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers import ROOT, chi_squared_p
+from nanovllm.layers import cpu_kernels
+from nanovllm.layers.cpu_kernels import Int8Weight, PackedWeight, library
+from nanovllm.layers.cpu_kernels.library import Recording, load_kernels
+from nanovllm.layers.layernorm import RMSNorm
+
+needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
+BF16 = torch.bfloat16
+
+
+def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((x.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@needs_kernels
+@pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072)])
+@pytest.mark.parametrize("m", [1, 2, 11, 12, 13, 33, 300])
+def test_linear_is_as_exact_as_bf16_can_be(m, n, k):
+    torch.manual_seed(m)
+    weight, bias = torch.randn(n, k, dtype=BF16), torch.randn(n, dtype=BF16)
+    x = torch.randn(m, k + 8, dtype=BF16)[:, :k]
+    exact = x.double() @ weight.double().T
+    packed = PackedWeight(weight.clone())
+    # A result rounded to bf16 is off by at most 2^-9 of itself, and by 0.6 of that in the mean of squares.
+    assert relative_error(packed.linear(x), exact) < 0.62 * 2**-8
+    assert relative_error(packed.linear(x, bias), exact + bias.double()) < 0.62 * 2**-8
+
+
+@needs_kernels
+def test_packing_keeps_the_memory_and_its_rows():
+    weight = torch.randn(96, 20, dtype=BF16)
+    original, pointer = weight.clone(), weight.data_ptr()
+    packed = PackedWeight(weight)
+    assert packed.values.data_ptr() == pointer
+    assert not torch.equal(weight, original)
+    ids = torch.tensor([0, 95, 31, 32, 31])
+    assert torch.equal(packed.rows(ids), original[ids])
+
+
+@needs_kernels
+def test_what_does_not_fit_the_panels_is_not_packed():
+    fitting, *others = torch.empty(64, 8), torch.empty(40, 8), torch.empty(64, 6), torch.empty(8, 64).T
+    assert cpu_kernels.can_pack(fitting)
+    assert not any(cpu_kernels.can_pack(weight) for weight in others)
+
+
+def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, groups, group] integers and their [n, groups, 1] scales; the last group is filled up with zeros."""
+    x = F.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    scale[scale == 0] = 1
+    return (x * (1 / scale)).round(), scale
+
+
+@needs_kernels
+@pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072)])
+@pytest.mark.parametrize("m", [1, 12, 13, 40])
+def test_int8_linear_computes_with_quantised_weights_and_activations(m, n, k):
+    torch.manual_seed(m)
+    weight, bias = torch.randn(n, k, dtype=BF16), torch.randn(n, dtype=BF16)
+    x = torch.randn(m, k, dtype=BF16)
+    x[0, 0] = 100  # an outlier spoils its own group of 128 and no other
+    x[-1] = 0
+    values, scales = quantize(weight, k)
+    activations, x_scales = quantize(x, 128)
+    exact = ((activations * x_scales).flatten(1)[:, :k].double() @ (values * scales).flatten(1).double().T) + bias
+    packed = Int8Weight(weight)
+    # Values that lie half-way between two integers may be rounded either way.
+    assert relative_error(packed.linear(x, bias), exact) < 2**-8
+    rows = packed.rows(torch.arange(n)).float()
+    assert (rows - weight.float()).abs().max() <= scales.max() * 0.5 + 2**-6  # of a value below 8, to bf16
+    assert relative_error(rows, (values * scales).flatten(1)) < 2**-8
+
+
+@needs_kernels
+@pytest.mark.parametrize("n", [1, 20, 1000, 1024])
+def test_norm_and_gate_round_as_plain_pytorch_does(n):
+    torch.manual_seed(n)
+    x, residual = torch.randn(7, n, dtype=BF16), torch.randn(7, n, dtype=BF16)
+    norm = RMSNorm(n, 1e-6)
+    norm.weight.data = torch.randn(n, dtype=BF16)
+    out, total = cpu_kernels.add_rms_norm(x, residual, norm.weight, norm.eps)
+    assert torch.equal(total, x + residual)
+    # The mean of squares is summed up in another order.
+    assert torch.allclose(out.float(), norm(total).float(), rtol=2**-7)
+    first, same = cpu_kernels.add_rms_norm(x, None, norm.weight, norm.eps)
+    assert same is x and torch.allclose(first.float(), norm(x).float(), rtol=2**-7)
+    gate, up = (torch.randn(7, 2 * n, dtype=BF16) * 5).chunk(2, dim=-1)
+    expected = F.silu(gate) * up
+    assert torch.allclose(cpu_kernels.silu_and_mul(gate, up).float(), expected.float(), rtol=2**-7, atol=1e-30)
+
+
+@needs_kernels
+def test_gate_of_extreme_values():
+    gate = torch.tensor([[-3e38, -200.0, -88.0, 0.0, 200.0, 3e38]], dtype=BF16)
+    ones = torch.ones_like(gate)
+    assert torch.allclose(cpu_kernels.silu_and_mul(gate, ones).float(), F.silu(gate.float()), rtol=2**-7, atol=1e-30)
+
+
+@needs_kernels
+@pytest.mark.parametrize("head_dim", [32, 80, 128])
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_norm_and_rotation(head_dim, with_norm):
+    torch.manual_seed(0)
+    qkv = torch.randn(9, 6 * head_dim, dtype=BF16)
+    q, k = qkv[:, : 4 * head_dim].view(9, 4, head_dim), qkv[:, 4 * head_dim :].view(9, 2, head_dim)
+    angles = torch.outer(torch.arange(50).float(), torch.rand(head_dim // 2))
+    cos, sin, positions = angles.cos(), angles.sin(), torch.randint(0, 50, (9,))
+    norms = [RMSNorm(head_dim, 1e-6) for _ in range(2)]
+    for norm in norms:
+        norm.weight.data = torch.randn(head_dim, dtype=BF16)
+    weights = [norm.weight if with_norm else None for norm in norms]
+    results = cpu_kernels.norm_rope(q, k, *weights, 1e-6, cos, sin, positions)
+    for x, norm, out in zip((q, k), norms, results, strict=True):
+        x1, x2 = (norm(x) if with_norm else x).float().chunk(2, -1)
+        c, s = cos[positions][:, None], sin[positions][:, None]
+        expected = torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1)
+        assert out.is_contiguous() and torch.allclose(out.float(), expected, rtol=2**-6, atol=2**-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("vocab_size", [7, 512, 1300])
+def test_sampled_tokens_follow_the_distribution(vocab_size):
+    torch.manual_seed(vocab_size)
+    logits = (torch.randn(vocab_size) * 2).to(BF16)
+    logits[3] = -torch.inf
+    n, temperature = 20_000, 0.7
+    tokens = cpu_kernels.sample(logits.expand(n, -1), torch.full((n,), temperature), torch.rand(n, dtype=torch.float64))
+    counts = torch.bincount(tokens, minlength=vocab_size)
+    assert counts[3] == 0
+    assert chi_squared_p(counts, (logits.float() / temperature).softmax(-1)) > 1e-4
+
+
+@needs_kernels
+def test_sampling_at_the_edges():
+    logits = torch.tensor([[1, 5, 5, -torch.inf], [5, 1, 0, -torch.inf]], dtype=BF16).repeat(3, 1)
+    temperatures = torch.tensor([0, 1e-6, 1e6, 1, 1, 1e-30])
+    uniforms = torch.tensor([0.9, 0.2, 0.99, 1 - 2**-53, 0, 0.5], dtype=torch.float64)
+    assert cpu_kernels.sample(logits, temperatures, uniforms).tolist() == [1, 0, 2, 2, 0, 0]
+    assert cpu_kernels.sample(logits, None, None).tolist() == [1, 0] * 3
+
+
+@needs_kernels
+def test_a_recording_repeats_its_calls_on_new_inputs():
+    torch.manual_seed(0)
+    weights = [PackedWeight(torch.randn(64, 64, dtype=BF16) / 8) for _ in range(3)]
+    scale = torch.ones(64, dtype=BF16)
+    x = torch.randn(5, 64, dtype=BF16)
+
+    def work():
+        y, residual = cpu_kernels.add_rms_norm(x, None, scale, 1e-6)
+        for weight in weights:
+            y, residual = cpu_kernels.add_rms_norm(weight.linear(y), residual, scale, 1e-6)
+        return y
+
+    first = work()
+    recording = Recording(work)
+    assert recording.is_complete and torch.equal(recording.output, first)
+    x.normal_()
+    expected = work()
+    assert not torch.equal(expected, first)
+    assert torch.equal(recording.replay(), expected)
+
+
+@needs_kernels
+def test_recordings_share_their_memory_but_never_a_buffer_in_use():
+    x, scale = torch.randn(3, 64, dtype=BF16), torch.ones(64, dtype=BF16)
+    Recording._free.clear()
+
+    def work():
+        results = [cpu_kernels.silu_and_mul(x, x) for _ in range(4)]
+        assert len({result.data_ptr() for result in results}) == 4
+        view = results[0][1:]
+        del results  # the view keeps one of them
+        others = [cpu_kernels.silu_and_mul(x, x) for _ in range(4)]
+        assert view.data_ptr() - 128 not in {other.data_ptr() for other in others}
+        return cpu_kernels.add_rms_norm(x, None, scale, 1e-6)[0]
+
+    recordings = [Recording(work) for _ in range(3)]
+    assert len({recording.output.data_ptr() for recording in recordings}) == 3
+    assert sum(len(buffers) for buffers in Recording._free.values()) <= 6
+
+
+@needs_kernels
+def test_what_pytorch_computes_makes_a_recording_incomplete():
+    x, y = torch.randn(3, 64, dtype=BF16), torch.randn(64, 64, dtype=BF16)
+    assert Recording(lambda: cpu_kernels.silu_and_mul(x, x).view(-1)[5:].unflatten(0, (1, -1))).is_complete
+    for work in (lambda: x + 1, lambda: F.linear(x, y), lambda: x.T.contiguous(), lambda: x[x > 0], lambda: x.clone()):
+        assert not Recording(work).is_complete
+
+
+@needs_kernels
+def test_library_is_compiled_once_and_without_a_compiler_plain_pytorch_is_used(tmp_path):
+    script = (
+        "import warnings; warnings.simplefilter('always')\n"
+        "from nanovllm.layers.cpu_kernels.library import load_kernels\n"
+        "print(load_kernels() is not None, load_kernels() is not None)"
+    )
+
+    def run(directory, **env):
+        env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(directory), "PYTHONPATH": str(ROOT), **env}
+        return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=90)
+
+    no_compiler = {"CXX": "/does/not/exist"}
+    failed = run(tmp_path / "a", **no_compiler)
+    assert failed.stdout.split() == ["False", "False"]
+    assert failed.stderr.count("could not be compiled") == 1
+    assert not list((tmp_path / "a").iterdir())  # nothing is left behind
+    assert run(tmp_path / "b").stdout.split() == ["True", "True"]
+    assert [file.suffix for file in (tmp_path / "b").iterdir()] == [".so"]
+    assert run(tmp_path / "b", **no_compiler).stdout.split() == ["True", "True"]
+
+
+def test_processors_without_the_instructions_get_plain_pytorch_silently(monkeypatch, recwarn):
+    monkeypatch.setattr(library, "cpu_has", lambda feature: feature != "avx512_vnni")
+    assert load_kernels.__wrapped__() is None
+    assert not recwarn.list
