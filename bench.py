@@ -7,6 +7,7 @@
     python bench.py --save-checkpoint DIR            # writes the default model with random weights, for --model DIR
     python bench.py --shared-prefix-len 512          # what the prefix cache saves
     python bench.py --control-plane                  # what scheduling costs; needs no model
+    python bench.py --parts                          # the share of products, attention, sampling, Python on a CPU
 
 Prompts and output lengths are drawn uniformly from a fixed seed and end-of-sequence tokens are ignored, so every
 engine does exactly the same work. On CUDA the default is "classic": 256 prompts, inputs and outputs of 100 to 1024
@@ -38,6 +39,7 @@ import shutil
 import string
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -58,6 +60,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import make_inputs
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.layers import cpu_kernels
 from nanovllm.utils.device import default_batched_tokens, resolve_device, upload
 
 QWEN3_0_6B = {
@@ -81,6 +84,7 @@ ENGINE_OPTIONS = {  # fields of Config, with their defaults
     "num_kvcache_blocks": "-1 fills the memory budget",
     "quantization": "int8 (nanovllm on a CPU)",
 }
+PARTS = {"products": ("linear_bf16", "linear_int8"), "attention": ("attend", "store_kv"), "sampling": ("sample",)}
 CONFIG_DEFAULTS = {field.name: field.default for field in fields(Config)}
 MAX_TOKEN_ID = 10_000
 SUFFIX_LEN = 32  # of each prompt after the shared prefix
@@ -355,6 +359,7 @@ def throughput(args: argparse.Namespace, config: Config) -> Figures:
     """An engine's rates on the workload, and the floor."""
     lengths = {name: getattr(args, name) for name in LENGTHS}
     workload = make_workload(lengths, args.seed, config.hf_config.vocab_size)
+    rates_before = measure_rates(config)  # and once more afterwards: other machines on the same host come and go
     start = perf_counter()
     generate = ENGINES[args.engine](args, config)
     generate(Workload([[1] * 16], [4]))
@@ -368,14 +373,65 @@ def throughput(args: argparse.Namespace, config: Config) -> Figures:
         figures["peak_gbytes"] = peak_memory(config.device) / 1e9
     del generate
     gc.collect()  # the engine's memory goes before the machine is measured
-    flop_rate, bandwidth = measure_flop_rate(config.dtype, config.device), measure_bandwidth(config.device)
-    floors = floor_seconds(workload, config.hf_config, config.dtype.itemsize, flop_rate, bandwidth, config.max_num_seqs)
+    flop_rate, bandwidth = map(max, rates_before, measure_rates(config))
     seconds = figures["seconds"]
     figures["output_tokens_per_s"] = workload.output_tokens / seconds
     figures["total_tokens_per_s"] = (workload.prompt_tokens + workload.output_tokens) / seconds
     figures |= {"gflops": flop_rate / 1e9, "gbytes_per_s": bandwidth / 1e9}
+    if args.quantization:  # the floor is that of the dtype
+        return figures
+    floors = floor_seconds(workload, config.hf_config, config.dtype.itemsize, flop_rate, bandwidth, config.max_num_seqs)
     figures |= {"prefill_floor_seconds": floors[0], "decode_floor_seconds": floors[1], "floor_seconds": sum(floors)}
     return figures | {"percent_of_floor": 100 * sum(floors) / seconds}
+
+
+def parts(args: argparse.Namespace, config: Config) -> Figures:
+    """Where the time of prefill and decode goes, by the CPU's kernels; eager, as one cannot look into a recording."""
+    llm = LLM(str(config.model_path), **engine_options(args) | {"enforce_eager": True})
+    call, seconds, read = cpu_kernels.call, Counter(), Counter()
+
+    def timed_call(name: str, *arguments: object) -> None:
+        start = perf_counter()
+        call(name, *arguments)
+        seconds[next((part for part, names in PARTS.items() if name in names), "small operations")] += (
+            perf_counter() - start
+        )
+        if name == "attend":  # the keys and values of all tokens that the step sees
+            lens, num_kv_heads, head_dim = arguments[5], *arguments[10:12]
+            read["bytes"] += int(lens.sum()) * 2 * num_kv_heads * head_dim * config.dtype.itemsize
+
+    cpu_kernels.call = timed_call
+    lengths = {name: getattr(args, name) for name in LENGTHS}
+    workload = make_workload(lengths, args.seed, config.hf_config.vocab_size)
+    for prompt, n in zip(workload.prompts, workload.output_lens, strict=True):
+        llm.add_request(prompt, SamplingParams(args.temperature, max_tokens=n, ignore_eos=True))
+    phases = {"prefill": (Counter(), Counter()), "decode": (Counter(), Counter())}
+    while not llm.is_finished():
+        seconds.clear()
+        read.clear()
+        start = perf_counter()
+        _, num_tokens = llm.step()
+        seconds["all"] = perf_counter() - start
+        seconds["Python, rest"] = 2 * seconds["all"] - seconds.total()
+        for total, counted in zip(phases["prefill" if num_tokens > 0 else "decode"], (seconds, read), strict=True):
+            total.update(counted)
+    cpu_kernels.call = call
+    figures: Figures = lengths | {
+        "engine": args.engine,
+        "dtype": dtype_name(config),
+        "weights": args.quantization or "",
+    }
+    for phase, (total, counted) in phases.items():
+        for part in (*PARTS, "small operations", "Python, rest"):
+            figures[f"{phase} {part}"] = 100 * total[part] / total["all"]
+        figures[f"{phase}_seconds"] = total["all"]
+        figures[f"{phase}_attention_gbytes_per_s"] = counted["bytes"] / max(total["attention"], 1e-9) / 1e9
+    return figures | {"gbytes_per_s": measure_rates(config)[1] / 1e9}
+
+
+def measure_rates(config: Config) -> tuple[float, float]:
+    """FLOP/s of a large matrix product and bytes/s of memory."""
+    return measure_flop_rate(config.dtype, config.device), measure_bandwidth(config.device)
 
 
 def shared_prefix(args: argparse.Namespace, config: Config) -> Figures:
@@ -474,6 +530,16 @@ THROUGHPUT_REPORT = [
     ("floor", "{floor_seconds:11,.2f} s"),
     ("of the floor", "{percent_of_floor:11,.1f} %"),
 ]  # fmt: skip
+PARTS_REPORT = [
+    ("engine", "{engine}, {dtype}"),
+    ("workload", "{num_seqs} prompts, inputs {min_input_len}-{max_input_len}, outputs {min_output_len}-"
+                 "{max_output_len}"),
+    ("", "prefill   decode"),
+    ("seconds", "{prefill_seconds:7.2f}  {decode_seconds:7.2f}"),
+    *((part, f"{{prefill {part}:6.1f}}%  {{decode {part}:6.1f}}%")
+      for part in (*PARTS, "small operations", "Python, rest")),
+    ("attention reads", "       -  {decode_attention_gbytes_per_s:7.1f} GB/s of {gbytes_per_s:.1f}"),
+]  # fmt: skip
 SHARED_PREFIX_REPORT = [
     ("engine", "{engine}, {dtype}, {device}"),
     ("prompts", "{num_seqs} of {shared_prefix_len} + {suffix_len} tokens, blocks of {kvcache_block_size}"),
@@ -517,6 +583,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print all figures as one line of JSON instead of a table")
     group = parser.add_argument_group("what to measure instead of throughput").add_mutually_exclusive_group()
     group.add_argument("--shared-prefix-len", type=positive, metavar="N", help="prefill with N common tokens")
+    group.add_argument("--parts", action="store_true", help="the share of time by part, on a CPU")
     group.add_argument("--control-plane", action="store_true", help="scheduling alone, of classic's prompts")
     group.add_argument("--save-checkpoint", metavar="DIR", help="nothing: write the default model, random weights")
     group = parser.add_argument_group("workload (classic on CUDA, small on a CPU)")
@@ -592,6 +659,9 @@ def make_config(args: argparse.Namespace, model: str) -> Config:
         longest = args.shared_prefix_len + SUFFIX_LEN + 1
     if longest > config.max_model_len:
         raise ValueError(f"sequences of {longest} tokens exceed --max-model-len {config.max_model_len}")
+    has_kernels = config.device.type == "cpu" and config.dtype == torch.bfloat16 and cpu_kernels.load_kernels()
+    if args.parts and not (args.engine == "nanovllm" and has_kernels):
+        raise ValueError("--parts is for nanovllm in bfloat16 on a CPU with AVX512-BF16")
     return config
 
 
@@ -633,6 +703,8 @@ def main(argv: list[str] | None = None) -> None:
             figures, report = control_plane(args), CONTROL_PLANE_REPORT
         elif args.shared_prefix_len:
             figures, report = shared_prefix(args, config), SHARED_PREFIX_REPORT
+        elif args.parts:
+            figures, report = parts(args, config), PARTS_REPORT
         else:
             figures, report = throughput(args, config), THROUGHPUT_REPORT
     if args.json:

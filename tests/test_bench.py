@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import ROOT, make_config, save_model
+from helpers import DEMO_MODEL, ROOT, make_config, save_model
 
 sys.path.insert(0, str(ROOT))
 
 import bench
+from nanovllm.layers import cpu_kernels
 
 SMALL = ["--num-seqs", "3", "--max-input-len", "40", "--max-output-len", "34", "--max-model-len", "128"]
 PER_ENGINE = ["prompt tokens", "output tokens", "time", "output", "total", "peak memory", "floor", "of the floor"]
@@ -222,3 +223,39 @@ def test_mistakes_are_explained(monkeypatch, capsys, argv, message):
         bench.main([*argv, "--device", "cpu"])
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(cpu_kernels.load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
+def test_shares_of_time_add_up_and_attention_reads_all_keys(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measure_rates", lambda config: (1e9, 1e9))
+    arguments = [
+        "--parts",
+        "--json",
+        "--dtype",
+        "bfloat16",
+        "--num-seqs",
+        "3",
+        "--min-input-len",
+        "9",
+        "--max-input-len",
+        "9",
+    ]
+    call = cpu_kernels.call
+    bench.main([*arguments, "--min-output-len", "3", "--max-output-len", "3", "--model", str(DEMO_MODEL)])
+    figures = json.loads(capsys.readouterr().out)
+    assert cpu_kernels.call is call
+    for phase in ("prefill", "decode"):
+        shares = [figures[f"{phase} {part}"] for part in (*bench.PARTS, "small operations", "Python, rest")]
+        assert sum(shares) == pytest.approx(100) and all(share > 0 for share in shares)
+    config = json.loads((DEMO_MODEL / "config.json").read_text())
+    token_bytes = 4 * config["num_key_value_heads"] * config["head_dim"] * config["num_hidden_layers"]
+    seconds = figures["decode_seconds"] * figures["decode attention"] / 100
+    num_keys = 3 * (10 + 11)  # in the two decode steps of each sequence
+    assert figures["decode_attention_gbytes_per_s"] * 1e9 * seconds == pytest.approx(num_keys * token_bytes)
+
+
+@pytest.mark.parametrize("arguments", [["--dtype", "float32"], ["--engine", "transformers"]])
+def test_shares_of_time_are_for_our_kernels(arguments, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--parts", *arguments])
+    assert "--parts is for" in capsys.readouterr().err
