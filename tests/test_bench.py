@@ -228,20 +228,9 @@ def test_mistakes_are_explained(monkeypatch, capsys, argv, message):
 @pytest.mark.skipif(cpu_kernels.load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
 def test_shares_of_time_add_up_and_attention_reads_all_keys(capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure_rates", lambda config: (1e9, 1e9))
-    arguments = [
-        "--parts",
-        "--json",
-        "--dtype",
-        "bfloat16",
-        "--num-seqs",
-        "3",
-        "--min-input-len",
-        "9",
-        "--max-input-len",
-        "9",
-    ]
+    lengths = [f"--{kind}-{what}-len={n}" for what, n in (("input", 9), ("output", 3)) for kind in ("min", "max")]
     call = cpu_kernels.call
-    bench.main([*arguments, "--min-output-len", "3", "--max-output-len", "3", "--model", str(DEMO_MODEL)])
+    bench.main(["--parts", "--json", "--dtype=bfloat16", "--num-seqs=3", f"--model={DEMO_MODEL}", *lengths])
     figures = json.loads(capsys.readouterr().out)
     assert cpu_kernels.call is call
     for phase in ("prefill", "decode"):
