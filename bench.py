@@ -603,7 +603,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text in ENGINE_OPTIONS.items():
         default = CONFIG_DEFAULTS[name]
         kind = int if name == "max_num_batched_tokens" else str if default is None else type(default)
-        shown = "16384, on a CPU 2048" if name == "max_num_batched_tokens" else default
+        shown = "16384, on a CPU 1024" if name == "max_num_batched_tokens" else default
         group.add_argument(flag(name), type=kind, metavar="X", default=default, help=f"{text} ({shown})")
     return parser
 

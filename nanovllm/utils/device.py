@@ -79,8 +79,8 @@ def available_memory(device: torch.device, gpu_memory_utilization: float) -> int
 
 
 def default_batched_tokens(device: torch.device) -> int:
-    """16,384; on a CPU 2,048, beyond which products get no faster and activations only take more memory."""
-    return 2048 if device.type == "cpu" else 16384
+    """16,384; on a CPU 1,024, beyond which products get no faster and activations only take more memory."""
+    return 1024 if device.type == "cpu" else 16384
 
 
 def default_cache_bytes(device: torch.device, available: int) -> int:
