@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import struct
+import sysconfig
 import tempfile
 import warnings
 import weakref
@@ -76,7 +77,8 @@ def _build() -> Path:
 
         root.mkdir(parents=True, exist_ok=True)
         # In a directory of its own: a process that is killed while it compiles leaves no lock for others to wait on.
-        directory = tempfile.mkdtemp(dir=root)
+        directory, path = tempfile.mkdtemp(dir=root), os.environ["PATH"]
+        os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + path  # ninja, if no environment is activated
         try:
             load(
                 "kernels",
@@ -88,6 +90,7 @@ def _build() -> Path:
             )
             os.replace(Path(directory) / "kernels.so", library)
         finally:
+            os.environ["PATH"] = path
             shutil.rmtree(directory, ignore_errors=True)
     return library
 
