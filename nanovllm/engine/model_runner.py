@@ -210,6 +210,7 @@ class ModelRunner:
             with torch.inference_mode():
                 logits = self.forward(batch)
                 if logits is not None:
+                    sample(logits)  # compiles its kernels, which it has for each dtype
                     edited, ones = logits.float(), torch.ones(num_seqs, device=self.device)
                     token_logprobs(logits, sample(edited, ones, ones.double() / 2).tolist(), 1)
         except torch.OutOfMemoryError as error:
