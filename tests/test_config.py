@@ -47,6 +47,7 @@ def test_defaults(path):
         ("gpu_memory_utilization", 1.1, ValueError),
         ("dtype", "float8", ValueError),
         ("device", "tpu", ValueError),
+        ("device", "cpu:1", ValueError),  # as "cuda:1" would be: kernels run on the current GPU
         ("attention_backend", "magic", ValueError),
         ("load_format", "pickle", ValueError),
         ("seed", None, TypeError),

@@ -22,9 +22,9 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device={name!r} is not supported; use 'auto', 'cuda' or 'cpu'")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if name not in ("cpu", "cuda"):  # kernels are launched on the thread's current GPU, whatever its number
+        raise ValueError(f"device={name!r} is not supported; use 'auto', 'cuda' (CUDA_VISIBLE_DEVICES picks) or 'cpu'")
+    if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}, but PyTorch finds no CUDA device; use device='cpu' or 'auto'")
     return torch.device(name)
 
