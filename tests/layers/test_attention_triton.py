@@ -184,9 +184,10 @@ def test_engine_matches_transformers(tmp_path, monkeypatch):
     assert [output["token_ids"] for output in outputs] == expected
 
 
-HEAD_DIMS = [32, 64, 80, 128, 256]
+# The dtypes, head_dims and block sizes that tests/layers/test_attention_compiled.py leaves out.
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-VARIANTS = [(torch.bfloat16, head_dim) for head_dim in HEAD_DIMS] + [(torch.float16, 128), (torch.float32, 128)]
+VARIANTS = [(torch.bfloat16, head_dim, 256) for head_dim in (32, 80, 256)]
+VARIANTS += [(torch.bfloat16, 128, 16), (torch.float32, 128, 256)]
 
 
 def check_binary(kernel, tensors: str, others: str, arch: int, dtype: torch.dtype, constexprs: dict) -> None:
@@ -201,24 +202,21 @@ def check_binary(kernel, tensors: str, others: str, arch: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize(("dtype", "head_dim"), VARIANTS, ids=str)
-def test_kernels_fit_each_architecture(arch, dtype, head_dim):
-    thorough = dtype == torch.bfloat16 and (head_dim == 128 or (arch < 100 and head_dim != 80))  # else it takes minutes
+@pytest.mark.parametrize(("dtype", "head_dim", "block_size"), VARIANTS, ids=str)
+def test_kernels_fit_each_architecture(arch, dtype, head_dim, block_size):
     config = attention_triton.prefill_config((arch // 10, 0), head_dim, dtype)
-    for block_size in (0, 256) if thorough else (256,):
-        check_binary(
-            attention_triton._prefill_kernel, "q k v out",
-            "cu_seqlens_q=*i32 cu_seqlens_k=*i32 block_tables=*i32 num_seqs=i32 columns=i32 "
-            "q_stride=i32:16 k_stride=i32:16 v_stride=i32:16",
-            arch, dtype, {"H": 16, "GROUP": 2, "D": head_dim, "BLOCK_SIZE": block_size, **config},
-        )  # fmt: skip
+    check_binary(
+        attention_triton._prefill_kernel, "q k v out",
+        "cu_seqlens_q=*i32 cu_seqlens_k=*i32 block_tables=*i32 num_seqs=i32 columns=i32 "
+        "q_stride=i32:16 k_stride=i32:16 v_stride=i32:16",
+        arch, dtype, {"H": 16, "GROUP": 2, "D": head_dim, "BLOCK_SIZE": block_size, **config},
+    )  # fmt: skip
     config = attention_triton.decode_config((arch // 10, 0), head_dim, dtype)
-    for group, block_size in ((2, 256), (8, 16)) if thorough else ((2, 256),):
-        check_binary(
-            attention_triton._decode_kernel, "q k_cache v_cache",
-            "partial=*fp32:16 log_sums=*fp32:16 context_lens=*i32 block_tables=*i32 columns=i32 q_stride=i32:16",
-            arch, dtype, {"KH": 8, "GROUP": group, "D": head_dim, "BLOCK_SIZE": block_size, **config},
-        )  # fmt: skip
+    check_binary(
+        attention_triton._decode_kernel, "q k_cache v_cache",
+        "partial=*fp32:16 log_sums=*fp32:16 context_lens=*i32 block_tables=*i32 columns=i32 q_stride=i32:16",
+        arch, dtype, {"KH": 8, "GROUP": 2, "D": head_dim, "BLOCK_SIZE": block_size, **config},
+    )  # fmt: skip
     check_binary(
         attention_triton._merge_splits_kernel, "out",
         "partial=*fp32:16 log_sums=*fp32:16 context_lens=*i32 num_splits=i32", arch, dtype,

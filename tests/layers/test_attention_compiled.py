@@ -1,0 +1,106 @@
+"""What launches of Triton attention have compiled: nothing new after a warm-up, and it fits each architecture."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from aot import SHARED_LIMIT, compile_kernel
+from launches import Specialization, record, without_interpreter
+from nanovllm.engine.cuda_graphs import graph_sizes
+from nanovllm.utils.context import Context
+
+pytest.importorskip("triton", reason="triton is published for Linux only")
+
+RAGGED = [(1, 1), (2, 1), (3, 2), (15, 3), (16, 16), (17, 17), (100, 33), (257, 100), (1000, 257)]  # tokens, sequences
+SHAPES = {  # of one rank in bf16: query heads, KV heads, head_dim, block size
+    "D64": (16, 8, 64, 256),
+    "Qwen3-0.6B": (16, 8, 128, 256),
+    "Qwen3-8B": (32, 8, 128, 256),
+    "Qwen3-32B": (64, 8, 128, 256),
+}
+
+
+def integers(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """In a buffer's second half, so at a multiple of 16 bytes or not."""
+    size = torch.Size(shape).numel()
+    return torch.zeros(2 * size, dtype=dtype)[size:].view(shape)
+
+
+def launch_step(num_tokens: int, num_seqs: int, shape: tuple[int, int, int, int], columns: int = 16) -> None:
+    """A prefill without and with a cached prefix, and a decode, as the layers call them."""
+    from nanovllm.layers.attention_triton import TritonAttention
+
+    num_heads, num_kv_heads, head_dim, block_size = shape
+    qkv = torch.empty(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=torch.bfloat16)
+    q, k, v = (x.flatten(1) for x in qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1))
+    q, k, v = (x.view(num_tokens, -1, head_dim) for x in (q.contiguous(), k.contiguous(), v))
+    caches = [torch.empty(TritonAttention.cache_shape(2, block_size, num_kv_heads, head_dim), dtype=torch.bfloat16)] * 2
+    int32, slots = partial(integers, torch.int32), integers(torch.int64, num_tokens)
+    TritonAttention.store(k, v, *caches, slots)
+    tables, bounds = int32(num_seqs, columns), int32(num_seqs + 1)
+    for block_tables in (None, tables):
+        TritonAttention.prefill(q, k, v, *caches, Context(True, bounds, bounds, 1, 1, slots, None, block_tables))
+    context = Context(slot_mapping=slots, context_lens=int32(num_seqs), block_tables=tables)
+    TritonAttention.decode(qkv.new_empty(num_seqs, num_heads, head_dim), *caches, context)
+
+
+def record_ragged() -> tuple[set[Specialization], set[Specialization], dict[tuple[str, str], int]]:
+    """Of a warm-up, and of ragged batches; and how many the latter need if an argument is specialised for."""
+    from triton import JITFunction
+
+    from nanovllm.layers import attention_triton
+
+    def launch_ragged():
+        for i, (num_tokens, num_seqs) in enumerate(RAGGED):
+            launch_step(num_tokens, num_seqs, SHAPES["Qwen3-0.6B"], columns=1 + 5 * i)
+
+    def launch_graphs():
+        for size in graph_sizes(512):
+            launch_step(size, size, SHAPES["Qwen3-0.6B"])
+
+    def launch_all():
+        launch_ragged()
+        launch_graphs()
+
+    warm_up, ragged = record(lambda: launch_step(64, 64, SHAPES["Qwen3-0.6B"])), record(launch_all)
+    careless = {}
+    for name, kernel in vars(attention_triton).copy().items():
+        for argument in attention_triton.RAGGED:
+            if name.endswith("_kernel") and argument in kernel.arg_names:
+                others = [other for other in attention_triton.RAGGED if other != argument]
+                setattr(attention_triton, name, JITFunction(kernel.fn, do_not_specialize=others))
+                careless[name, argument] = len(record(launch_ragged))
+                setattr(attention_triton, name, kernel)
+    return warm_up, ragged, careless
+
+
+def record_shapes(arch: int) -> set[Specialization]:
+    from nanovllm.layers import attention_triton
+
+    attention_triton._device = lambda device: ((arch // 10, 0), 100)
+    return record(lambda: [launch_step(17, 17, shape) for shape in SHAPES.values()], arch)
+
+
+def test_no_batch_compiles_anything_after_a_warm_up():
+    """And the count notices each argument that a kernel is compiled for although it varies."""
+    warm_up, ragged, careless = without_interpreter(record_ragged)
+    assert len(warm_up) == 1 + 2 + 1 + 1  # the prefill with and without block tables
+    assert ragged == warm_up
+    assert len(careless) == 1 + 5 + 3 + 2
+    assert min(careless.values()) > len(warm_up), careless
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_what_is_launched_in_bf16_fits_each_architecture(arch):
+    from nanovllm.layers import attention_triton
+
+    every = without_interpreter(record_shapes, arch)
+    assert len(every) == 2 * 4 + 4 + 4 + 2  # prefill, decode, merge, store
+    for each in sorted(every, key=str):
+        kernel, constexprs = getattr(attention_triton, each.kernel), dict(each.constexprs)
+        if each.kernel == "_prefill_kernel" and constexprs["GROUP"] > 2:
+            continue  # it only divides by it
+        binary = compile_kernel(kernel, dict(each.signature), constexprs, arch, each.num_warps, each.num_stages)
+        assert binary.shared <= SHARED_LIMIT[arch], each
+        assert binary.spilled == 0, each
