@@ -11,6 +11,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanovllm.config import Config
 from nanovllm.engine.batch import Batch, BatchBuilder
@@ -94,9 +95,7 @@ class ModelRunner:
             return sample_with_options(logits, temperatures, uniforms, with_options)
         return sample(logits, temperatures, uniforms).tolist()
 
-    def forward(
-        self, batch: Batch, score_prompts: Callable[[np.ndarray, torch.Tensor], None] | None = None
-    ) -> torch.Tensor | None:
+    def forward(self, batch: Batch, score_prompts: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
         """Fills the cache. All ranks must do so for the same batch.
 
         Args:
@@ -224,7 +223,7 @@ class ModelRunner:
         return peak - before
 
 
-def make_inputs(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Context]:
+def make_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Context]:
     """[T] token ids, [T] positions, and what the layers need to know of a batch, on their device."""
     cu_seqlens_k, max_seqlen_q = None, 1
     if batch.is_prefill:
@@ -239,7 +238,7 @@ def make_inputs(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch
     return input_ids, positions, Context(batch.is_prefill, cu_seqlens_q, cu_seqlens_k, *max_seqlens, *cache)
 
 
-def _score_prompts(seqs: list[Sequence], batch: Batch, rows: np.ndarray, logits: torch.Tensor) -> None:
+def _score_prompts(seqs: list[Sequence], batch: Batch, rows: np.ndarray, logits: Tensor) -> None:
     """Adds to each sequence the log-probabilities of the prompt tokens after `rows` (of the T in the step)."""
     owners = np.searchsorted(batch.cu_seqlens_q, rows, side="right") - 1
     for owner in np.unique(owners).tolist():

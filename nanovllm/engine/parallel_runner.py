@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanovllm.config import Config
 from nanovllm.engine.batch import Batch
@@ -48,9 +49,7 @@ class ParallelRunner(ModelRunner):
             super().__init__(config, self.tp)
         self._codec = BatchCodec(self.block_size, self.batch_builder.max_blocks)
 
-    def forward(
-        self, batch: Batch, score_prompts: Callable[[np.ndarray, torch.Tensor], None] | None = None
-    ) -> torch.Tensor | None:
+    def forward(self, batch: Batch, score_prompts: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
         """As `ModelRunner.forward`, on all ranks."""
         if self._codec is None:  # every rank is measuring its own memory
             return super().forward(batch, score_prompts)

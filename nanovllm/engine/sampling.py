@@ -8,6 +8,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.logits_processor import edit_logits, filter_logits, token_logprobs
@@ -15,10 +16,7 @@ from nanovllm.layers.sampler import sample
 
 
 def sample_with_options(
-    logits: torch.Tensor,
-    temperatures: torch.Tensor | None,
-    uniforms: torch.Tensor | None,
-    with_options: list[tuple[int, Sequence]],
+    logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, with_options: list[tuple[int, Sequence]]
 ) -> list[int]:
     """Samples as `sample` does, after the penalties, masks and filters of the sequences that have some.
 
@@ -52,7 +50,7 @@ def sample_with_options(
     return token_ids
 
 
-def _edit(row: torch.Tensor, seq: Sequence) -> torch.Tensor:
+def _edit(row: Tensor, seq: Sequence) -> Tensor:
     token_ids = np.array(seq.token_ids)
     prompt_ids, output_ids = np.split(token_ids, [seq.num_prompt_tokens])
     edited = edit_logits(row.clone(), seq.params, prompt_ids, output_ids, seq.stop_token_ids, seq.bad_words_ids)
@@ -62,9 +60,7 @@ def _edit(row: torch.Tensor, seq: Sequence) -> torch.Tensor:
     return edited
 
 
-def _filter(
-    logits: torch.Tensor, temperatures: torch.Tensor, filtered: list[tuple[int, object]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _filter(logits: Tensor, temperatures: Tensor, filtered: list[tuple[int, object]]) -> tuple[Tensor, Tensor]:
     """Applies temperature and filters to some rows; returns them and the temperatures that are left to apply."""
     rows, params = zip(*filtered, strict=True)
     device = logits.device

@@ -8,6 +8,7 @@ Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim, L to
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nanovllm.layers import cpu_kernels
 from nanovllm.utils.context import Context
@@ -21,9 +22,7 @@ class CPUAttention:
         return num_blocks, num_kv_heads, block_size, head_dim
 
     @staticmethod
-    def store(
-        k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
+    def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
         if cpu_kernels.has_kernels(k):
             cpu_kernels.store(k, k_cache, slot_mapping)
             cpu_kernels.store(v, v_cache, slot_mapping)
@@ -37,14 +36,7 @@ class CPUAttention:
         v_cache[blocks, :, offsets] = v
 
     @staticmethod
-    def prefill(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        context: Context,
-    ) -> torch.Tensor:
+    def prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
         if _can_attend(q):
             caches = (k, v) if context.block_tables is None else (k_cache, v_cache)
             return cpu_kernels.attend(q, *caches, context, context.block_tables)
@@ -71,7 +63,7 @@ class CPUAttention:
         return out
 
     @staticmethod
-    def decode(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context) -> torch.Tensor:
+    def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
         if _can_attend(q):
             return cpu_kernels.attend(q, k_cache, v_cache, context, context.block_tables)
         num_kv_heads = k_cache.shape[1]
@@ -86,13 +78,11 @@ class CPUAttention:
         return out
 
 
-def _can_attend(q: torch.Tensor) -> bool:
+def _can_attend(q: Tensor) -> bool:
     return q.shape[2] % 32 == 0 and q.shape[2] <= 256 and cpu_kernels.has_kernels(q)
 
 
-def _gather(
-    k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor, length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gather(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """The first `length` keys and values of a sequence, each [KH, L, D]."""
     blocks = block_table[: -(-length // k_cache.shape[2])]
     if len(blocks) == 1:  # a view, nothing is copied

@@ -9,13 +9,12 @@ Legend: T tokens, N features, I intermediate size, H/KH query/KV heads, D head_d
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 CHUNK = 2048  # tokens of the vocabulary that one program of the sampler sees
 
 
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """[T, N] `x` and residual stream, None at its start -> the norm of their sum, and the sum."""
     size, block = x.shape[1], triton.next_power_of_2(x.shape[1])
     normed = x.new_empty(x.shape)
@@ -46,9 +45,9 @@ def _add_rms_norm_kernel(
 
 
 def norm_rope(
-    q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, eps: float,
-    cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
+    cos: Tensor, sin: Tensor, positions: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rotates [T, H, D] and [T, KH, D], normalised if weights are given; `cos`, `sin` are [max_len, D / 2] float32."""
     num_heads, num_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
@@ -96,7 +95,7 @@ def _rotate(x_ptr, weight_ptr, out_ptr, cos, sin, eps, H: tl.constexpr, D: tl.co
     tl.store(out_ptr + second, x2 * cos + x1 * sin, mask)
 
 
-def silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
     """[T, I] and [T, I] -> [T, I]."""
     num_tokens, size = gate.shape
     out = gate.new_empty(num_tokens, size)
@@ -115,7 +114,7 @@ def _silu_and_mul_kernel(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, SIZE
     tl.store(out_ptr + row * SIZE + cols, (gate32 / (1 + tl.exp(-gate32))).to(gate.dtype) * up, cols < SIZE)
 
 
-def sample(logits: torch.Tensor, temperatures: torch.Tensor | None, uniforms: torch.Tensor | None) -> torch.Tensor:
+def sample(logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None) -> Tensor:
     """`nanovllm.layers.sampler.sample`, reading the logits once, and again the chunk in which the token is."""
     num_seqs, vocab_size = logits.shape
     if temperatures is None:

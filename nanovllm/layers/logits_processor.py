@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanovllm.sampling_params import SamplingParams
 
@@ -15,13 +16,13 @@ FIRST_TRY = 1024  # most likely tokens to look at before the whole vocabulary is
 
 
 def edit_logits(
-    logits: torch.Tensor,
+    logits: Tensor,
     params: SamplingParams,
     prompt_ids: np.ndarray,
     output_ids: np.ndarray,
     end_ids: frozenset[int],
     bad_words_ids: Sequence[Sequence[int]],
-) -> torch.Tensor:
+) -> Tensor:
     """Everything that comes before the temperature, in the order that `SamplingParams` states.
 
     Args:
@@ -48,9 +49,7 @@ def edit_logits(
     return _apply_penalties(logits, params, prompt_ids, output_ids)
 
 
-def _apply_penalties(
-    logits: torch.Tensor, params: SamplingParams, prompt_ids: np.ndarray, output_ids: np.ndarray
-) -> torch.Tensor:
+def _apply_penalties(logits: Tensor, params: SamplingParams, prompt_ids: np.ndarray, output_ids: np.ndarray) -> Tensor:
     """Repetition: Keskar et al., 2019, arXiv:1909.05858. Frequency and presence: the OpenAI API's."""
     if params.repetition_penalty != 1.0:
         seen = torch.from_numpy(np.unique(np.concatenate([prompt_ids, output_ids]))).long().to(logits.device)
@@ -62,7 +61,7 @@ def _apply_penalties(
     return logits
 
 
-def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Sets to -inf what each row's filters cut, in the order min-p, top-k, top-p.
 
     Min-p: Nguyen et al., 2024, arXiv:2407.01082. Top-p keeps the token that reaches the sum: Holtzman et al., 2019,
@@ -95,7 +94,7 @@ def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
     return torch.where(is_cut, torch.full_like(logits, -math.inf).scatter(1, ids, kept), logits)
 
 
-def token_logprobs(logits: torch.Tensor, token_ids: list[int], num_top: int) -> list[dict]:
+def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[dict]:
     """R `outputs.TokenLogprob` from [R, V] logits of any dtype: of R tokens and the `num_top` (-1: all) likeliest."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))

@@ -4,15 +4,14 @@ Legend: S sequences, V vocabulary, C tokens in a chunk of it.
 """
 
 import torch
+from torch import Tensor
 
 from nanovllm.layers.fused import fused_ops
 
 CHUNK = 512
 
 
-def sample(
-    logits: torch.Tensor, temperatures: torch.Tensor | None = None, uniforms: torch.Tensor | None = None
-) -> torch.Tensor:
+def sample(logits: Tensor, temperatures: Tensor | None = None, uniforms: Tensor | None = None) -> Tensor:
     """One token a row, distributed as softmax(logits / temperature).
 
     Inverse CDF with one random number a row, instead of V exponential draws: first the chunk of the vocabulary in
@@ -44,7 +43,7 @@ def sample(
     return torch.where(is_random, chunk * CHUNK + token, greedy)
 
 
-def _invert(cdf: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _invert(cdf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """For each row the first index where the [S, n] unnormalised `cdf` exceeds `target`, and how far into it that is.
 
     A target that rounding has pushed to the end is moved just below it: the index always has a positive weight.

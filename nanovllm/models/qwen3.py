@@ -3,8 +3,7 @@
 Legend: T tokens in the step, S sequences, H/KH query/KV heads of this rank, D head_dim, V vocabulary.
 """
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from nanovllm.layers.activation import silu_and_mul
@@ -37,7 +36,7 @@ class Qwen3Attention(nn.Module):
         )
         self.o_proj = RowParallelLinear(num_heads * head_dim, config.hidden_size, config.attention_bias, tp)
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         q, k, v = self.qkv_proj(hidden_states)
         q = q.view(-1, self.attn.num_heads, self.attn.head_dim)  # [T, H, D]
         k, v = (x.view(-1, self.attn.num_kv_heads, self.attn.head_dim) for x in (k, v))  # [T, KH, D]
@@ -52,7 +51,7 @@ class Qwen3MLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(config.hidden_size, {"gate_proj": size, "up_proj": size}, False, tp)
         self.down_proj = RowParallelLinear(size, config.hidden_size, False, tp)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu_and_mul(*self.gate_up_proj(x)))
 
 
@@ -64,9 +63,7 @@ class Qwen3DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen3MLP(config, tp)
 
-    def forward(
-        self, positions: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, positions: Tensor, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Takes and returns this layer's addition to the residual stream, and the stream without it."""
         hidden_states, residual = self.input_layernorm.add_norm(x, residual)
         hidden_states = self.self_attn(positions, hidden_states)
@@ -82,7 +79,7 @@ class Qwen3Model(nn.Module):
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config, rotary_emb, tp) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         hidden_states, residual = self.embed_tokens(input_ids), None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
@@ -125,10 +122,10 @@ class Qwen3ForCausalLM(nn.Module):
         """Tensors of a checkpoint that this model does without: some files hold a tied head a second time."""
         return (self.tie_word_embeddings and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """[T] token ids and [T] positions -> [T, hidden_size]."""
         return self.model(input_ids, positions)
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """[T, hidden_size] -> [S, V] for each sequence's last token on rank 0, None on the others."""
         return self.lm_head(hidden_states)
