@@ -23,59 +23,34 @@ CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
 @dataclass(slots=True)
 class Config:
-    """Settings of an engine.
+    """Settings of an engine; the README explains each. TypeError or ValueError if one is wrong for model or device."""
 
-    Args:
-        model: A Hugging Face checkpoint directory, or an `owner/name` id of the hub.
-        max_num_batched_tokens: Most tokens computed in one prefill step; a longer prompt is computed in chunks. None:
-            see `utils.device.default_batched_tokens`.
-        max_num_seqs: Most sequences that run at the same time.
-        max_model_len: Most tokens of a sequence, prompt included. Lowered to what the model supports.
-        gpu_memory_utilization: Share of a GPU's memory to use, in (0, 1].
-        tensor_parallel_size: Processes that share the model, 1 to 8; on CUDA each has a GPU.
-        enforce_eager: Run decode without CUDA graphs, which start-up then need not capture.
-        kvcache_block_size: Tokens per block of the KV cache, also the unit of prefix caching.
-        num_kvcache_blocks: Blocks of the KV cache; -1 fills the memory budget (see `utils.device.default_cache_bytes`).
-        hf_config: The model's configuration; read from `model` by default.
-        eos: Token id or ids that end a completion; read from the checkpoint by default.
-        dtype: "auto" (the checkpoint's, or what the device is fast in), "float32", "bfloat16" or "float16".
-        device: "auto" (CUDA if there is one), "cpu" or "cuda".
-        attention_backend: "auto" (the first of these that works here), "flash_attn", "triton", "torch_varlen" or "cpu".
-        load_format: "auto" (safetensors) or "dummy" (random weights, for benchmarks).
-        quantization: None, or "int8": weights in 8 bits, each output channel with a scale (CPU only).
-        seed: Of the sampling and of dummy weights.
-
-    Raises:
-        TypeError: A value is not of its type.
-        ValueError: A value is out of its range, or the model is missing, damaged or not supported.
-    """
-
-    model: str
-    max_num_batched_tokens: int | None = None
-    max_num_seqs: int = 512
-    max_model_len: int = 4096
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
-    enforce_eager: bool = False
-    kvcache_block_size: int = 256
-    num_kvcache_blocks: int = -1
-    hf_config: PretrainedConfig | None = None
-    eos: int | Sequence[int] | None = None
-    dtype: str | torch.dtype = "auto"
-    device: str | torch.device = "auto"
-    attention_backend: str = "auto"
-    load_format: str = "auto"
-    quantization: str | None = None
-    seed: int = 0
+    model: str  # a Hugging Face checkpoint directory, or an `owner/name` id of the hub
+    max_num_batched_tokens: int | None = None  # most in a prefill step, else chunks; None: `default_batched_tokens`
+    max_num_seqs: int = 512  # most sequences that run at the same time
+    max_model_len: int = 4096  # most tokens of a sequence, prompt included; lowered to what the model supports
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory to use, in (0, 1]
+    tensor_parallel_size: int = 1  # processes that share the model, 1 to 8; on CUDA each has a GPU
+    enforce_eager: bool = False  # no CUDA graphs or recordings for decode
+    kvcache_block_size: int = 256  # tokens per block of the KV cache, also the unit of prefix caching
+    num_kvcache_blocks: int = -1  # -1 fills the memory budget: see `utils.device.default_cache_bytes`
+    hf_config: PretrainedConfig | None = None  # read from the checkpoint by default
+    eos: int | Sequence[int] | None = None  # ids that end a completion; read from the checkpoint by default
+    dtype: str | torch.dtype = "auto"  # the checkpoint's, or what the device is fast in; or one of `DTYPES`
+    device: str | torch.device = "auto"  # CUDA if there is one; or "cpu" or "cuda"
+    attention_backend: str = "auto"  # the first that works here; or one of `layers.attention.BACKENDS`
+    load_format: str = "auto"  # safetensors; or "dummy": random weights, for benchmarks
+    quantization: str | None = None  # "int8": weights in 8 bits, each output channel with a scale (CPU only)
+    seed: int = 0  # of the sampling and of dummy weights
     model_path: Path = field(init=False)
     architecture: str = field(init=False)
     eos_token_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._check_ranges()
         self.device = resolve_device(str(self.device))
         if self.max_num_batched_tokens is None:
             self.max_num_batched_tokens = default_batched_tokens(self.device)
+        self._check_ranges()
         self.model_path = resolve_model(self.model)
         if self.hf_config is None:
             self.hf_config = read_hf_config(self.model_path)
@@ -94,8 +69,7 @@ class Config:
 
     def _check_ranges(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "kvcache_block_size"):
-            if name != "max_num_batched_tokens" or self.max_num_batched_tokens is not None:
-                check_int(name, getattr(self, name), 1)
+            check_int(name, getattr(self, name), 1)
         check_int("tensor_parallel_size", self.tensor_parallel_size, 1, 8)
         check_int("seed", self.seed)
         check_int("num_kvcache_blocks", self.num_kvcache_blocks, -1)

@@ -22,58 +22,33 @@ class SamplingParams:
     `logits_processors`, the three penalties, `temperature`, `min_p`, `top_k`, `top_p`. Every filter sees the
     distribution that the one before has left, renormalised.
 
-    Args:
-        temperature: Divides the logits before the softmax. 0 takes the most likely token (greedy).
-        max_tokens: Most tokens to generate; None is up to the model's length, which in any case ends a completion.
-        ignore_eos: Go on after an end-of-sequence token, for benchmarks.
-        n: Completions of the prompt, each with random draws of its own.
-        top_k: Sample among this many most likely tokens; 0 or -1 among all.
-        top_p: Sample among the fewest most likely tokens whose probabilities reach this sum, in (0, 1].
-        min_p: Sample among the tokens at least this fraction as likely as the most likely one, in [0, 1].
-        presence_penalty: Subtracted from the logit of each token of the completion so far, in [-2, 2].
-        frequency_penalty: The same, times how often the token occurs there, in [-2, 2].
-        repetition_penalty: Divides positive and multiplies negative logits of the tokens in prompt and completion.
-        seed: Of this request's random stream: the same tokens whatever else runs. None: from the engine's seed.
-        stop: Texts that end the completion.
-        stop_token_ids: Tokens that end the completion, beside the end-of-sequence ones.
-        include_stop_str_in_output: Keep the text of what stopped the completion at its end.
-        min_tokens: No end of sequence and no stop before this many tokens.
-        logprobs: Report the log-probability of each token and of this many most likely ones (-1 is all), of the
-            model's own distribution, before anything above changed it. None reports nothing.
-        prompt_logprobs: The same for the prompt, which is then computed whole, without the prefix cache.
-        logit_bias: Token id -> what to add to its logit, in [-100, 100].
-        bad_words: Texts that the completion must not contain, as sequences of tokens.
-        allowed_token_ids: Sample only these tokens.
-        skip_special_tokens: Leave special tokens out of `text`; `token_ids` always keep everything.
-        logits_processors: Callables (completion's token ids so far, [V] fp32 logits) -> logits. The slow path.
-
-    Raises:
-        TypeError: A value is not of its type.
-        ValueError: A value is out of its range, or two contradict each other.
+    TypeError or ValueError if a value is not of its type, is out of its range, or contradicts another.
     """
 
-    temperature: float = 1.0
-    max_tokens: int | None = 64
-    ignore_eos: bool = False
-    n: int = 1
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
-    include_stop_str_in_output: bool = False
-    min_tokens: int = 0
+    temperature: float = 1.0  # divides the logits before the softmax; 0 takes the most likely token (greedy)
+    max_tokens: int | None = 64  # most tokens to generate; None: up to the model's length, which always ends them
+    ignore_eos: bool = False  # go on after an end-of-sequence token, for benchmarks
+    n: int = 1  # completions of the prompt, each with random draws of its own
+    top_k: int = 0  # sample among this many most likely tokens; 0 or -1 among all
+    top_p: float = 1.0  # among the fewest most likely tokens whose probabilities reach this sum, in (0, 1]
+    min_p: float = 0.0  # among the tokens at least this fraction as likely as the most likely one, in [0, 1]
+    presence_penalty: float = 0.0  # subtracted from the logit of each token of the completion so far, in [-2, 2]
+    frequency_penalty: float = 0.0  # the same, times how often the token occurs there, in [-2, 2]
+    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of prompt and completion's tokens
+    seed: int | None = None  # of a random stream: the same tokens whatever else runs; None: from the engine's
+    stop: str | Sequence[str] | None = None  # texts that end the completion
+    stop_token_ids: Sequence[int] | None = None  # tokens that end it, beside the end-of-sequence ones
+    include_stop_str_in_output: bool = False  # keep the text of what stopped the completion at its end
+    min_tokens: int = 0  # no end of sequence and no stop before this many tokens
+    # Report the log-probability of each token and of this many most likely ones (-1 is all), of the model's own
+    # distribution, before anything above changed it. With `prompt_logprobs` no prefix is taken from the cache.
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    logit_bias: dict[int, float] | None = None
-    bad_words: Sequence[str] | None = None
-    allowed_token_ids: Sequence[int] | None = None
-    skip_special_tokens: bool = True
-    logits_processors: Sequence[LogitsProcessor] | None = None
+    logit_bias: dict[int, float] | None = None  # token id -> what to add to its logit, in [-100, 100]
+    bad_words: Sequence[str] | None = None  # texts that the completion must not contain, as sequences of tokens
+    allowed_token_ids: Sequence[int] | None = None  # sample only these tokens
+    skip_special_tokens: bool = True  # leave them out of `text`; `token_ids` always keep everything
+    logits_processors: Sequence[LogitsProcessor] | None = None  # the slow path
 
     def __post_init__(self) -> None:
         check_float("temperature", self.temperature, 0)

@@ -18,25 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BeamSearchParams:
-    """How to search; the rules are those of transformers' beam search.
+    """How to search, by the rules of transformers' beam search. TypeError or ValueError if a value is wrong."""
 
-    Args:
-        beam_width: Hypotheses kept at each length, and returned.
-        max_tokens: Most tokens of a hypothesis; the model's length ends it earlier.
-        length_penalty: A hypothesis' score is the sum of its log-probabilities divided by its length to this power.
-        early_stopping: Stop as soon as there are `beam_width` finished hypotheses. Else when the best unfinished one
-            scores, at its present length, below the worst finished one.
-        ignore_eos: Treat end-of-sequence tokens like others.
-
-    Raises:
-        TypeError, ValueError: A value is not of its type, or out of its range.
-    """
-
-    beam_width: int = 5
-    max_tokens: int = 50
-    length_penalty: float = 1.0
+    beam_width: int = 5  # hypotheses kept at each length, and returned
+    max_tokens: int = 50  # most tokens of a hypothesis; the model's length ends it earlier
+    length_penalty: float = 1.0  # a score is the sum of log-probabilities divided by the length to this power
+    # Stop once there are `beam_width` finished ones; else when the best other one scores below the worst of them now.
     early_stopping: bool = False
-    ignore_eos: bool = False
+    ignore_eos: bool = False  # treat end-of-sequence tokens like others
 
     def __post_init__(self) -> None:
         check_int("beam_width", self.beam_width, 1)

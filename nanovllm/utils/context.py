@@ -10,27 +10,16 @@ import torch
 
 @dataclass(slots=True)
 class Context:
-    """Tensors live on the model's device.
+    """Tensors live on the model's device."""
 
-    Attributes:
-        is_prefill: Each sequence brings one or more new tokens; else exactly one.
-        cu_seqlens_q: [S + 1] int32, bounds of each sequence's new tokens among the T (prefill only).
-        cu_seqlens_k: [S + 1] int32, the same for all tokens up to the last new one (prefill only).
-        max_seqlen_q: Most new tokens of a sequence.
-        max_seqlen_k: Most tokens of a sequence.
-        slot_mapping: [T] int64, the cache slot of each new token; -1 is not stored.
-        context_lens: [S] int32, tokens in the cache after this step's are stored.
-        block_tables: [S, B] int32, or None for a prefill in which no sequence has a cached prefix.
-    """
-
-    is_prefill: bool = False
-    cu_seqlens_q: torch.Tensor | None = None
-    cu_seqlens_k: torch.Tensor | None = None
-    max_seqlen_q: int = 0
-    max_seqlen_k: int = 0
-    slot_mapping: torch.Tensor | None = None
-    context_lens: torch.Tensor | None = None
-    block_tables: torch.Tensor | None = None
+    is_prefill: bool = False  # each sequence brings one or more new tokens; else exactly one
+    cu_seqlens_q: torch.Tensor | None = None  # [S + 1] int32, bounds of the new tokens among the T (prefill only)
+    cu_seqlens_k: torch.Tensor | None = None  # [S + 1] int32, of all tokens up to the last new one (prefill only)
+    max_seqlen_q: int = 0  # most new tokens of a sequence
+    max_seqlen_k: int = 0  # most tokens of a sequence
+    slot_mapping: torch.Tensor | None = None  # [T] int64, the cache slot of each new token; -1 is not stored
+    context_lens: torch.Tensor | None = None  # [S] int32, tokens in the cache after this step's are stored
+    block_tables: torch.Tensor | None = None  # [S, B] int32, None for a prefill in which none has a cached prefix
 
 
 _context = Context()
