@@ -49,9 +49,7 @@ class Attention(nn.Module):
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
         super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.backend: AttentionBackend = CPUAttention
         self.k_cache = self.v_cache = torch.empty(0)
 
@@ -86,8 +84,7 @@ def choose_backend(
 ) -> AttentionBackend:
     """The backend called `name`; "auto" is the first of `BACKENDS` that works here, and logs why no earlier one does.
 
-    Raises:
-        ValueError: The one that was asked for cannot run here; the message says why.
+    ValueError if the one that was asked for cannot run here; the message says why.
     """
     reasons = []
     for candidate in BACKENDS if name == "auto" else [name]:

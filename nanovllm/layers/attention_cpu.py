@@ -27,55 +27,40 @@ class CPUAttention:
             cpu_kernels.store(k, k_cache, slot_mapping)
             cpu_kernels.store(v, v_cache, slot_mapping)
             return
-        stored = slot_mapping >= 0
-        if not stored.all():
-            k, v, slot_mapping = k[stored], v[stored], slot_mapping[stored]
-        block_size = k_cache.shape[2]
-        blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-        k_cache[blocks, :, offsets] = k
-        v_cache[blocks, :, offsets] = v
+        is_stored, block_size = slot_mapping >= 0, k_cache.shape[2]
+        blocks, offsets = slot_mapping[is_stored] // block_size, slot_mapping[is_stored] % block_size
+        k_cache[blocks, :, offsets] = k[is_stored]
+        v_cache[blocks, :, offsets] = v[is_stored]
 
     @staticmethod
     def prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
         if _can_attend(q):
-            caches = (k, v) if context.block_tables is None else (k_cache, v_cache)
-            return cpu_kernels.attend(q, *caches, context, context.block_tables)
-        out = torch.empty_like(q)
-        bounds = context.cu_seqlens_q.tolist()
-        lens_k = context.cu_seqlens_k.diff().tolist()
-        for i, len_k in enumerate(lens_k):
-            new = slice(bounds[i], bounds[i + 1])
-            len_q = new.stop - new.start
+            return cpu_kernels.attend(q, *((k, v) if context.block_tables is None else (k_cache, v_cache)), context)
+        out, bounds = torch.empty_like(q), context.cu_seqlens_q.tolist()
+        for i, len_k in enumerate(context.cu_seqlens_k.diff().tolist()):
+            new, len_q = slice(bounds[i], bounds[i + 1]), bounds[i + 1] - bounds[i]
             if len_k == len_q:
                 keys, values, mask = k[new].transpose(0, 1), v[new].transpose(0, 1), None
             else:
                 keys, values = _gather(k_cache, v_cache, context.block_tables[i], len_k)
                 mask = torch.ones(len_q, len_k, dtype=torch.bool, device=q.device).tril(len_k - len_q)
             attended = F.scaled_dot_product_attention(
-                q[new].transpose(0, 1).unsqueeze(0),
-                keys.unsqueeze(0),
-                values.unsqueeze(0),
-                attn_mask=mask,
-                is_causal=mask is None,
-                enable_gqa=True,
+                q[new].transpose(0, 1)[None], keys[None], values[None], mask, is_causal=mask is None, enable_gqa=True
             )
-            out[new] = attended.squeeze(0).transpose(0, 1)
+            out[new] = attended[0].transpose(0, 1)
         return out
 
     @staticmethod
     def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
         if _can_attend(q):
-            return cpu_kernels.attend(q, k_cache, v_cache, context, context.block_tables)
-        num_kv_heads = k_cache.shape[1]
-        out = torch.empty_like(q)
+            return cpu_kernels.attend(q, k_cache, v_cache, context)
         # The query heads of a group share their keys: as rows of one query matrix they read them once.
-        grouped = q.unflatten(1, (num_kv_heads, -1))  # [S, KH, H / KH, D]
-        grouped_out = out.unflatten(1, (num_kv_heads, -1))
+        grouped = q.unflatten(1, (k_cache.shape[1], -1))  # [S, KH, H / KH, D]
+        out = torch.empty_like(grouped)
         for i, length in enumerate(context.context_lens.tolist()):
             keys, values = _gather(k_cache, v_cache, context.block_tables[i], length)
-            attended = F.scaled_dot_product_attention(grouped[i : i + 1], keys.unsqueeze(0), values.unsqueeze(0))
-            grouped_out[i] = attended.squeeze(0)
-        return out
+            out[i] = F.scaled_dot_product_attention(grouped[i : i + 1], keys[None], values[None])[0]
+        return out.flatten(1, 2)
 
 
 def _can_attend(q: Tensor) -> bool:

@@ -19,6 +19,12 @@ PROGRAMS_PER_SM = 16  # wanted of a decode: some to run beside each other, the r
 RAGGED = ["slots", "cu_seqlens_q", "cu_seqlens_k", "context_lens", "block_tables", "num_seqs", "columns", "num_splits"]
 
 
+def store_kvcache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Writes [T, KH, D] keys and values to their slots of [blocks, block_size, KH, D] caches; -1 is not stored."""
+    k, v = k.flatten(1), v.flatten(1)  # views: the heads of a token are contiguous
+    _store_kernel[(len(k),)](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), SIZE=k.shape[1])
+
+
 class TritonAttention:
     """See `nanovllm.layers.attention.AttentionBackend`. Caches are contiguous; head_dim is 16 to 256."""
 
@@ -26,9 +32,7 @@ class TritonAttention:
     def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         return num_blocks, block_size, num_kv_heads, head_dim
 
-    @staticmethod
-    def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-        store_kvcache(k, v, k_cache, v_cache, slot_mapping)
+    store = staticmethod(store_kvcache)
 
     @staticmethod
     def prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
@@ -68,12 +72,6 @@ class TritonAttention:
             H=num_heads, D=head_dim, MAX_SPLITS=MAX_SPLITS, TILE=config["TILE"], num_warps=8
         )  # fmt: skip
         return out
-
-
-def store_kvcache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Writes [T, KH, D] keys and values to their slots of [blocks, block_size, KH, D] caches; -1 is not stored."""
-    k, v = k.flatten(1), v.flatten(1)  # views: the heads of a token are contiguous
-    _store_kernel[(len(k),)](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), SIZE=k.shape[1])
 
 
 def prefill_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> dict[str, int]:

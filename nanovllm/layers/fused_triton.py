@@ -51,11 +51,7 @@ def norm_rope(
     """Rotates [T, H, D] and [T, KH, D], normalised if weights are given; `cos`, `sin` are [max_len, D / 2] float32."""
     num_heads, num_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    blocks = (
-        triton.next_power_of_2(num_heads),
-        triton.next_power_of_2(num_kv_heads),
-        triton.next_power_of_2(head_dim // 2),
-    )
+    blocks = [triton.next_power_of_2(n) for n in (num_heads, num_kv_heads, head_dim // 2)]
     _norm_rope_kernel[(len(q),)](
         q, k, q_weight, k_weight, q_out, k_out, cos, sin, positions, q.stride(0), k.stride(0), eps,
         num_heads, num_kv_heads, head_dim, *blocks, num_warps=min(max(blocks[0] * blocks[2] // 256, 1), 8),

@@ -13,24 +13,15 @@ from nanovllm.utils.parallel import TensorParallel
 
 
 class ColumnParallelLinear(nn.Module):
-    """Several projections of one input as a single GEMM, each split by output features.
+    """Several projections of one input, by their names in the checkpoint, as a single GEMM split by output features.
 
-    Args:
-        input_size: Features of the input.
-        output_sizes: Features of each projection by its name in the checkpoint.
-        bias: Whether the projections have biases.
-        tp: This rank's place.
-        num_replicas: How many neighbouring ranks hold the same slice of a projection, by name (default 1).
+    `num_replicas` says how many neighbouring ranks hold the same slice of a projection, by default one.
     """
 
     def __init__(
-        self,
-        input_size: int,
-        output_sizes: dict[str, int],
-        bias: bool,
-        tp: TensorParallel,
-        num_replicas: dict[str, int] | None = None,
-    ):
+        self, input_size: int, output_sizes: dict[str, int], bias: bool, tp: TensorParallel,
+        num_replicas: dict[str, int] | None = None
+    ):  # fmt: skip
         super().__init__()
         self.output_sizes = output_sizes
         self.shards: dict[str, tuple[slice, slice]] = {}  # name -> rows of this parameter, rows in the checkpoint

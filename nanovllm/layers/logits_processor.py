@@ -16,21 +16,12 @@ FIRST_TRY = 1024  # most likely tokens to look at before the whole vocabulary is
 
 
 def edit_logits(
-    logits: Tensor,
-    params: SamplingParams,
-    prompt_ids: np.ndarray,
-    output_ids: np.ndarray,
-    end_ids: frozenset[int],
-    bad_words_ids: Sequence[Sequence[int]],
-) -> Tensor:
+    logits: Tensor, params: SamplingParams, prompt_ids: np.ndarray, output_ids: np.ndarray,
+    end_ids: frozenset[int], bad_words_ids: Sequence[Sequence[int]]
+) -> Tensor:  # fmt: skip
     """Everything that comes before the temperature, in the order that `SamplingParams` states.
 
-    Args:
-        logits: [V] fp32, changed in place.
-        params: What to do.
-        prompt_ids, output_ids: The prompt's token ids, and the completion's so far.
-        end_ids: Tokens that `min_tokens` forbids.
-        bad_words_ids: Token ids of each of the texts that must not appear.
+    Changes the [V] fp32 logits in place. `min_tokens` forbids the `end_ids`; `output_ids` are the completion so far.
     """
     if params.allowed_token_ids:
         allowed = torch.full_like(logits, -math.inf)

@@ -21,15 +21,7 @@ class RotaryEmbedding(nn.Module):
     """Rotates queries and keys by their positions; the two halves of a head are the two coordinates.
 
     Scalings that depend on the length of the sequence ("dynamic", "longrope") are fixed for the longest one that the
-    engine may run: a cached key must not change when its sequence grows.
-
-    Args:
-        config: The model's configuration.
-        head_dim: Size of a head.
-        max_len: Positions to prepare, which is also the longest sequence.
-
-    Raises:
-        ValueError: transformers has no initialiser of the configuration's `rope_type`.
+    engine may run, `max_len`: a cached key must not change when its sequence grows. ValueError for an unknown one.
     """
 
     def __init__(self, config: PretrainedConfig, head_dim: int, max_len: int):

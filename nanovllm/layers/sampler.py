@@ -16,15 +16,11 @@ def sample(logits: Tensor, temperatures: Tensor | None = None, uniforms: Tensor 
 
     Inverse CDF with one random number a row, instead of V exponential draws: first the chunk of the vocabulary in
     which the number falls, then the token in it. The distribution is exact to the precision of the fp32
-    probabilities, and a token of probability 0 is never drawn.
+    probabilities, and a token of probability 0 is never drawn. A row of temperature 0 takes its most likely token.
 
     Args:
         logits: [S, V], any floating dtype.
-        temperatures: [S] float32; a row with 0 takes its most likely token. None: all rows do.
-        uniforms: [S] float64 in [0, 1), needed with `temperatures`.
-
-    Returns:
-        [S] int64.
+        temperatures, uniforms: [S] float32, and [S] float64 in [0, 1); None if all temperatures are 0.
     """
     if ops := fused_ops(logits):
         return ops.sample(logits, temperatures, uniforms)

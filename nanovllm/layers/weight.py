@@ -27,20 +27,14 @@ def pack_weights(model: nn.Module, quantization: str | None) -> None:
     """Replaces the weights of a loaded model's products by what is fastest here; one by one, so that memory holds.
 
     Embeddings are replaced only if they are tied to the LM head. Sizes that do not fit the kernels stay as they are.
-
-    Args:
-        model: On the device where it will run.
-        quantization: None or "int8".
-
-    Raises:
-        ValueError: `quantization` is not for this device, dtype or processor.
+    ValueError if `quantization`, None or "int8", is not for this device, dtype or processor.
     """
-    dtype, device = next((weight.dtype, weight.device) for weight in model.parameters())
-    if dtype != torch.bfloat16 or device.type != "cpu" or cpu_kernels.load_kernels() is None:
+    one = next(model.parameters())
+    if not cpu_kernels.has_kernels(one):
         if quantization is not None:
             raise ValueError(
                 f"quantization={quantization!r} needs device='cpu', dtype='bfloat16', a processor with AVX512-BF16 and "
-                f"AVX512-VNNI, and a C++ compiler; here are {device.type} and {dtype}: leave quantization out"
+                f"AVX512-VNNI, and a C++ compiler; here are {one.device.type} and {one.dtype}: leave quantization out"
             )
         return
     if quantization is None and cpu_has("amx_bf16"):

@@ -18,22 +18,16 @@ from nanovllm.utils.parallel import TensorParallel
 class Qwen3Attention(nn.Module):
     def __init__(self, config: PretrainedConfig, rotary_emb: RotaryEmbedding, tp: TensorParallel):
         super().__init__()
-        head_dim = config.head_dim
-        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        head_dim, num_heads, num_kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
         kv_replicas = tp.replicas(num_kv_heads, "num_key_value_heads")
-        self.qkv_proj = ColumnParallelLinear(
-            config.hidden_size,
-            {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim},
-            config.attention_bias,
-            tp,
-            num_replicas={"k_proj": kv_replicas, "v_proj": kv_replicas},
-        )
+        sizes = {"q_proj": num_heads * head_dim} | dict.fromkeys(["k_proj", "v_proj"], num_kv_heads * head_dim)
+        replicas = dict.fromkeys(["k_proj", "v_proj"], kv_replicas)
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, sizes, config.attention_bias, tp, replicas)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.rotary_emb = rotary_emb
-        self.attn = Attention(
-            tp.divide(num_heads, "num_attention_heads"), num_kv_heads * kv_replicas // tp.size, head_dim
-        )
+        num_local = tp.divide(num_heads, "num_attention_heads")
+        self.attn = Attention(num_local, num_kv_heads * kv_replicas // tp.size, head_dim)
         self.o_proj = RowParallelLinear(num_heads * head_dim, config.hidden_size, config.attention_bias, tp)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -87,24 +81,10 @@ class Qwen3Model(nn.Module):
 
 
 class Qwen3ForCausalLM(nn.Module):
-    """The whole model of one rank.
+    """One rank's whole model. ValueError if its sizes do not divide by the ranks, or it uses what this one lacks."""
 
-    Args:
-        config: transformers' `Qwen3Config`.
-        max_len: The longest sequence that the engine may run.
-        tp: This rank's place in the tensor-parallel group.
-
-    Raises:
-        ValueError: The number of heads does not divide by the ranks, or the model uses what this one lacks.
-    """
-
-    packed_modules = {
-        "q_proj": "qkv_proj",
-        "k_proj": "qkv_proj",
-        "v_proj": "qkv_proj",
-        "gate_proj": "gate_up_proj",
-        "up_proj": "gate_up_proj",
-    }
+    packed_modules = dict.fromkeys(["q_proj", "k_proj", "v_proj"], "qkv_proj")
+    packed_modules |= dict.fromkeys(["gate_proj", "up_proj"], "gate_up_proj")
 
     def __init__(self, config: PretrainedConfig, max_len: int, tp: TensorParallel):
         super().__init__()

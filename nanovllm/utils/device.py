@@ -15,11 +15,7 @@ ALIGNMENT = 64  # bytes; Triton compiles a kernel anew for a pointer that is not
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: The device is unknown or absent.
-    """
+    """ "auto" is CUDA where there is one, else the CPU. ValueError for a device that is unknown or absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):  # kernels are launched on the thread's current GPU, whatever its number
@@ -46,11 +42,7 @@ def cpu_has(feature: str) -> bool:
 
 
 def gpu_capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability.
-
-    Raises:
-        ValueError: The device is no GPU, or one that attention kernels do not support.
-    """
+    """The compute capability; ValueError if the device is no GPU, or one that attention kernels do not support."""
     require(device.type == "cuda", f"it needs a CUDA GPU, the device is {device.type!r}")
     capability = torch.cuda.get_device_capability(device)
     require(capability >= (8, 0), f"it needs compute capability 8.0, the GPU has {capability[0]}.{capability[1]}")
@@ -67,11 +59,7 @@ def suitable_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def available_memory(device: torch.device, gpu_memory_utilization: float) -> int:
-    """Bytes that the engine may still take.
-
-    On the CPU what the system has available. On CUDA what `gpu_memory_utilization` of the device leaves after
-    everything on it now, other processes' memory too.
-    """
+    """Bytes that the engine may still take, on CUDA of its share of the memory after all that is there now."""
     if device.type == "cpu":
         return psutil.virtual_memory().available
     free, total = torch.cuda.mem_get_info(device)

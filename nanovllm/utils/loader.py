@@ -1,7 +1,6 @@
 """Safetensors into the parameters of a model, one tensor at a time. Knows no architecture and no process."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ def copy_weight(
 ) -> None:
     """Copies `loaded[index]`, this rank's part, into a parameter or a view of it, converting dtype and device.
 
-    ShapeError unless `loaded` as a whole has the shape `full_shape`, by default that of `param`.
+    ShapeError unless all of `loaded` has the shape `full_shape`, by default that of `param`.
     """
     full_shape = tuple(param.shape) if full_shape is None else full_shape
     if tuple(loaded.get_shape()) != full_shape:
@@ -41,10 +40,7 @@ def copy_weight(
 
 
 def load_model(
-    model: nn.Module,
-    path: str | os.PathLike,
-    show_progress: bool = True,
-    before_each: Callable[[], None] = lambda: None,
+    model: nn.Module, path: Path, show_progress: bool = True, before_each: Callable[[], None] = lambda: None
 ) -> None:
     """Fills every parameter of `model` exactly once from the safetensors files of a checkpoint directory.
 
@@ -52,14 +48,12 @@ def load_model(
         model: Has `packed_modules` (name of a projection in the checkpoint -> name of the module that holds it) and
             `ignored_weights(name)` (whether the checkpoint's tensor is not wanted); its modules may have
             `load_weight(name, loaded, shard)`.
-        path: The directory.
-        show_progress: If there are several files.
         before_each: Called before each tensor is read; may raise to stop.
 
     Raises:
         ValueError: A file is missing or damaged, or tensors are missing, unexpected or misshapen (all are listed).
     """
-    files = _find_files(Path(path))
+    files = _find_files(path)
     stored = [(file, name) for file in files for name in _tensor_names(file) if not model.ignored_weights(name)]
     found = Counter(name for _, name in stored)
     targets = {name: target for name, target in _targets(model).items() if not model.ignored_weights(name)}
@@ -136,7 +130,7 @@ def _targets(model: nn.Module) -> dict[str, tuple[nn.Module, str, str | None]]:
     return targets
 
 
-def _raise_if_any(problems: list[str], path: str | os.PathLike) -> None:
+def _raise_if_any(problems: list[str], path: Path) -> None:
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise ValueError(f"the weights in {path} do not fit the model of its config.json:\n  {shown}")

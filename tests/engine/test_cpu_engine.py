@@ -21,7 +21,7 @@ def greedy(path, **settings) -> tuple[list[list[int]], RecordedSteps | None]:
         prompts = random_prompts([3, 40, 17, 5, 90, 33, 16, 15])
         params = [SamplingParams(temperature=0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(8)]
         outputs = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
-        assert all(isinstance(w, PackedWeight) for w in [llm.model_runner.model.lm_head.weight]) or settings
+        assert type(llm.model_runner.model.lm_head.weight) is PackedWeight or settings
         return [output["token_ids"] for output in outputs[0] + outputs[1]], llm.model_runner.graphs
 
 
@@ -50,7 +50,7 @@ def test_tied_embeddings_share_one_packed_weight(tmp_path):
     for quantization, kind in ((None, PackedWeight), ("int8", Int8Weight)):
         with LLM(str(tmp_path), quantization=quantization, **SETTINGS) as llm:
             model = llm.model_runner.model
-            assert isinstance(model.lm_head.weight, kind) and model.lm_head.weight is model.model.embed_tokens.weight
+            assert type(model.lm_head.weight) is kind and model.lm_head.weight is model.model.embed_tokens.weight
             assert not any(param.dim() == 2 for param in model.parameters())
 
 

@@ -41,7 +41,7 @@ def test_packing_keeps_the_memory_and_its_rows():
     weight = torch.randn(96, 20, dtype=BF16)
     original, pointer = weight.clone(), weight.data_ptr()
     packed = PackedWeight(weight)
-    assert packed.values.data_ptr() == pointer
+    assert packed.parts[0].data_ptr() == pointer
     assert not torch.equal(weight, original)
     ids = torch.tensor([0, 95, 31, 32, 31])
     assert torch.equal(packed.rows(ids), original[ids])

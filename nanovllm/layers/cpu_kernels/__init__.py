@@ -25,50 +25,44 @@ def can_pack(weight: Tensor) -> bool:
 class PackedWeight:
     """A [N, K] bf16 weight whose memory is reordered in place for `linear`; the tensor it was means nothing after."""
 
+    kind = "bf16"
+
     def __init__(self, weight: Tensor):
-        self.shape, self.values, self.nbytes = weight.shape, weight.data, weight.nbytes
-        call("pack_bf16", self.values, *self.shape)
+        self.shape, self.parts = weight.shape, [weight.data]
+        call("pack_bf16", weight.data, *self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[T, K] -> [T, N]."""
+        """[T, K] bf16 -> [T, N] bf16."""
+        assert x.stride(1) == 1
         out = empty(x.shape[0], self.shape[0])
-        call("linear_bf16", x, _row_stride(x), self.values, bias, out, x.shape[0], *self.shape)
+        call("linear_" + self.kind, x, x.stride(0), *self.parts, bias, out, x.shape[0], *self.shape)
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
-        """[T] int64 -> [T, K], those rows of the weight."""
+        """[T] int64 -> [T, K] bf16, those rows of the weight."""
         out = empty(ids.shape[0], self.shape[1])
-        call("rows_bf16", self.values, ids, out, *out.shape)
+        call("rows_" + self.kind, *self.parts[:2], ids, out, *out.shape)
         return out
 
 
-class Int8Weight:
+class Int8Weight(PackedWeight):
     """A [N, K] weight in int8, symmetric, with a scale for each of the N outputs.
 
     Activations are quantised on the fly, each 128 of a token with a scale of their own, so that an outlier costs only
     its neighbours their precision.
     """
 
+    kind = "int8"
+
     def __init__(self, weight: Tensor):
         n, k = self.shape = weight.shape
-        self.values = torch.empty(n, k, dtype=torch.int8)
-        self.scales = torch.empty(n)
-        self.compensation = torch.empty(n * -(-k // GROUP), dtype=torch.int32)  # of activations stored as unsigned
-        self.nbytes = self.values.nbytes + self.scales.nbytes + self.compensation.nbytes
-        call("pack_int8", weight.data, n, k, self.values, self.scales, self.compensation)
-
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[T, K] bf16 -> [T, N] bf16."""
-        out = empty(x.shape[0], self.shape[0])
-        weight = self.values, self.scales, self.compensation
-        call("linear_int8", x, _row_stride(x), *weight, bias, out, x.shape[0], *self.shape)
-        return out
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """[T] int64 -> [T, K] bf16, those rows of the weight."""
-        out = empty(ids.shape[0], self.shape[1])
-        call("rows_int8", self.values, self.scales, ids, out, *out.shape)
-        return out
+        compensation = torch.empty(n * -(-k // GROUP), dtype=torch.int32)  # of activations stored as unsigned
+        self.parts = [torch.empty(n, k, dtype=torch.int8), torch.empty(n), compensation]  # values, scales
+        call("pack_int8", weight.data, n, k, *self.parts)
 
 
 def store(x: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
@@ -77,23 +71,14 @@ def store(x: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     call("store_kv", x, x.stride(0), cache, slot_mapping, x.shape[0], *cache.shape[1:])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, block_tables: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     """[T, H, D] queries over the paged caches `k` and `v`, or over [T, KH, D] new ones if there are no block tables."""
     assert q.is_contiguous() and k.stride()[1:] == v.stride()[1:] and k.stride(-1) == 1
-    num_tokens, num_heads, head_dim = q.shape
-    columns, block_size = (0, 0) if block_tables is None else (block_tables.stride(0), k.shape[2])
-    layout = (
-        columns,
-        context.context_lens.shape[0],
-        num_heads,
-        k.shape[1],
-        head_dim,
-        block_size,
-        k.stride(0),
-        v.stride(0),
-    )
-    out = empty(num_tokens, num_heads, head_dim)
-    call("attend", q, k, v, out, context.cu_seqlens_q, context.context_lens, block_tables, *layout)
+    (num_heads, head_dim), tables, num_seqs = q.shape[1:], context.block_tables, len(context.context_lens)
+    columns, block_size = (0, 0) if tables is None else (tables.stride(0), k.shape[2])
+    layout = columns, num_seqs, num_heads, k.shape[1], head_dim, block_size, k.stride(0), v.stride(0)
+    out = empty(*q.shape)
+    call("attend", q, k, v, out, context.cu_seqlens_q, context.context_lens, tables, *layout)
     return out
 
 
@@ -107,21 +92,13 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 
 
 def norm_rope(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
+    cos: Tensor, sin: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `nanovllm.layers.rotary_embedding.RotaryEmbedding.forward`."""
     assert q.stride()[1:] == k.stride()[1:] == (q.shape[2], 1)
-    num_tokens, num_heads, head_dim = q.shape
-    q_out, k_out = empty(*q.shape), empty(*k.shape)
-    layout = num_tokens, num_heads, k.shape[1], head_dim
-    tables = cos, sin, positions
+    q_out, k_out, (num_tokens, num_heads, head_dim) = empty(*q.shape), empty(*k.shape), q.shape
+    tables, layout = (cos, sin, positions), (num_tokens, num_heads, k.shape[1], head_dim)
     call("norm_rope", q, q.stride(0), k, k.stride(0), q_weight, k_weight, eps, *tables, q_out, k_out, *layout)
     return q_out, k_out
 
@@ -136,11 +113,7 @@ def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 def sample(logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None) -> Tensor:
     """See `nanovllm.layers.sampler.sample`."""
+    assert logits.stride(1) == 1
     tokens = empty(logits.shape[0], dtype=torch.int64)
-    call("sample", logits, _row_stride(logits), temperatures, uniforms, tokens, *logits.shape)
+    call("sample", logits, logits.stride(0), temperatures, uniforms, tokens, *logits.shape)
     return tokens
-
-
-def _row_stride(x: Tensor) -> int:
-    assert x.stride(1) == 1
-    return x.stride(0)

@@ -44,6 +44,7 @@ SIGNATURES = {
     "replay": "pi",
 }
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+PACKED = {"p": "q", "i": "q", "f": "f4x"}  # in 64 bits each
 
 
 @cache
@@ -80,14 +81,8 @@ def _build() -> Path:
         directory, path = tempfile.mkdtemp(dir=root), os.environ["PATH"]
         os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + path  # ninja, if no environment is activated
         try:
-            load(
-                "kernels",
-                [str(source) for source in SOURCES],
-                extra_cflags=FLAGS,
-                extra_ldflags=["-fopenmp"],
-                build_directory=directory,
-                is_python_module=False,
-            )
+            options = {"extra_cflags": FLAGS, "extra_ldflags": ["-fopenmp"], "build_directory": directory}
+            load("kernels", [str(source) for source in SOURCES], **options, is_python_module=False)
             os.replace(Path(directory) / "kernels.so", library)
         finally:
             os.environ["PATH"] = path
@@ -115,15 +110,8 @@ class Recording:
     """The calls of one run of a piece of work, which `replay` repeats without Python between them.
 
     For work that reads and writes the same memory each time. Its results live in memory that other recordings use too:
-    they are valid until the next run or replay of one. What PyTorch computes itself is not recorded.
-
-    Args:
-        work: Is run once.
-        is_checked: Whether to find out if PyTorch computes anything.
-
-    Attributes:
-        output: What the work returned.
-        is_complete: Nothing was found that is not recorded.
+    they are valid until the next run or replay of one. What PyTorch computes itself is not recorded; if there is any,
+    `is_complete` is false, unless `is_checked` says not to look.
     """
 
     _free: dict[int, list[np.ndarray]] = defaultdict(list)  # buffers of all recordings that none uses now, by size
@@ -139,12 +127,14 @@ class Recording:
         finally:
             _recording = None
         self.is_complete = watch is None or not watch.has_computed
-        packed = [_packing(name).pack(*(value or 0 for value in values)) for name, values in self.calls]
+        formats = {name: "".join(PACKED[kind] for kind in kinds) for name, kinds in SIGNATURES.items()}
+        packed = [struct.pack(formats[name], *(value or 0 for value in values)) for name, values in self.calls]
         self._arguments = np.frombuffer(b"".join(packed), dtype=np.int64)
         sizes = np.array([len(arguments) for arguments in packed], dtype=np.int64)
         starts = self._arguments.ctypes.data + np.cumsum(sizes) - sizes
-        functions = np.array([_address("call_" + name) for name, _ in self.calls], dtype=np.int64)
-        self._table = np.stack([functions, starts], axis=1)  # [calls, 2]
+        library = load_kernels()
+        functions = [ctypes.cast(library["call_" + name], ctypes.c_void_p).value for name, _ in self.calls]
+        self._table = np.stack([np.array(functions, dtype=np.int64), starts], axis=1)  # [calls, 2]
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """As torch.empty, of memory that is used again once nothing refers to the tensor, but never given back."""
@@ -169,14 +159,3 @@ class _Watch(TorchDispatchMode):
         harmless = torch.ops.aten.empty, torch.ops.aten.detach
         self.has_computed |= not func.is_view and func.overloadpacket not in harmless
         return func(*args, **(kwargs or {}))
-
-
-@cache
-def _address(name: str) -> int:
-    return ctypes.cast(getattr(load_kernels(), name), ctypes.c_void_p).value
-
-
-@cache
-def _packing(name: str) -> struct.Struct:
-    """Each argument in 64 bits."""
-    return struct.Struct("".join("f4x" if kind == "f" else "q" for kind in SIGNATURES[name]))
