@@ -108,26 +108,16 @@ class _Search:
 
     def _sequence(self, token_ids: list[int]) -> Sequence:
         """A hypothesis that runs for one step and then keeps its blocks, for its children."""
+        seq_id, max_len = self.engine._num_sequences, self.engine.config.max_model_len
         self.engine._num_sequences += 1
-        return Sequence(
-            self.engine._num_sequences - 1,
-            token_ids,
-            self.one_step,
-            max_len=self.engine.config.max_model_len,
-            is_owned=True,
-            keeps_blocks=True,
-        )
+        return Sequence(seq_id, token_ids, self.one_step, max_len=max_len, is_owned=True, keeps_blocks=True)
 
     def _finish(self, total: float, token_ids: list[int]) -> None:
         has_stopped = bool(token_ids) and token_ids[-1] in self.eos
-        self.finished.append(
-            {
-                "text": decode(self.engine.tokenizer, token_ids[:-1] if has_stopped else token_ids),
-                "token_ids": token_ids,
-                "score": total / max(len(token_ids), 1) ** self.params.length_penalty,
-                "finish_reason": "stop" if has_stopped else "length",
-            }
-        )
+        text = decode(self.engine.tokenizer, token_ids[:-1] if has_stopped else token_ids)
+        score = total / max(len(token_ids), 1) ** self.params.length_penalty
+        reason = "stop" if has_stopped else "length"
+        self.finished.append({"text": text, "token_ids": token_ids, "score": score, "finish_reason": reason})
         self.finished.sort(key=lambda hypothesis: -hypothesis["score"])
         del self.finished[self.params.beam_width :]
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nanovllm.engine.batch import Batch
 from nanovllm.layers.cpu_kernels.library import Recording
-from nanovllm.utils.context import Context, reset_context, set_context
+from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.device import ALIGNMENT, upload
 
 LARGEST = 512  # with more sequences the GPU is busy for longer than the launches take
@@ -41,14 +41,10 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Captured largest first, so that the smaller ones fit into its memory.
+    """For ascending `sizes` N; captured largest first, so that the smaller ones fit into its memory.
 
-    Args:
-        model: [N] token ids and [N] positions -> [N, hidden_size]. Logits stay outside: one launch, only for S rows.
-        sizes: Values of N, ascending.
-        max_blocks: B, of a sequence at its full length.
-        device: Where all of it is.
-        show_progress: Show a progress bar.
+    `model` makes [N, hidden_size] of [N] token ids and positions. Logits stay outside: one launch, only for S rows.
+    `max_blocks` is B, of a sequence at its full length.
     """
 
     def __init__(self, model: Model, sizes: list[int], max_blocks: int, device: torch.device, show_progress: bool):
@@ -113,11 +109,8 @@ class RecordedSteps(DecodeGraphs):
 
 
 def _run(model: Model, input_ids: torch.Tensor, positions: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
-    set_context(Context(False, None, None, 0, 0, *cache))
-    try:
+    with use_context(Context(False, None, None, 0, 0, *cache)):
         return model(input_ids, positions)
-    finally:
-        reset_context()
 
 
 def capture(work: Callable[[], torch.Tensor], pool: object) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:

@@ -70,17 +70,9 @@ class LLMEngine:
     # ---- requests, step by step
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queues one prompt.
+        """Queues one prompt, text or token ids; errors are those of `generate`.
 
-        Args:
-            prompt: Text or token ids.
-            sampling_params: `SamplingParams()` by default.
-
-        Returns:
-            The request's id, by which `step` reports it; with `n` above 1 the first of `n` consecutive ones.
-
-        Raises:
-            TypeError, ValueError: See `generate`.
+        Returns the id by which `step` reports the request; with `n` above 1 the first of `n` consecutive ones.
         """
         [seqs] = self._add(self._checked([prompt], sampling_params), is_owned=False)
         return seqs[0].seq_id
@@ -99,9 +91,8 @@ class LLMEngine:
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
         """Runs one prefill or decode step.
 
-        Returns:
-            `(seq_id, completion token ids)` of each added request that finished, and how many tokens a prefill step
-            computed, or minus how many sequences a decode step advanced.
+        Returns `(seq_id, completion token ids)` of each added request that finished, and how many tokens a prefill
+        step computed, or minus how many sequences a decode step advanced.
         """
         self._check_open()
         _, num_tokens = self._step()
@@ -167,25 +158,18 @@ class LLMEngine:
 
     def _add(self, requests: list[Request], is_owned: bool = True, is_streamed: bool = False) -> list[list[Sequence]]:
         """Queues checked requests; returns the `n` sequences of each, of which the others share the first's blocks."""
-        added = []
+        added, config = [], self.config
         for token_ids, params in requests:
             bad_words_ids = inputs.encode_bad_words(params, self.tokenizer)
             seqs: list[Sequence] = []
             for i in range(params.n):
                 seq_id = self._num_sequences
                 # Each completion has a random stream of its own, so what else runs beside it does not change its draws.
-                origin = f"{self.config.seed} {seq_id}" if params.seed is None else f"seed {params.seed} {i}"
-                seq = Sequence(
-                    seq_id,
-                    token_ids.tolist(),
-                    inputs.sibling_params(params) if i else params,
-                    self.config.eos_token_ids,
-                    self.config.max_model_len,
-                    xxh64_intdigest(origin.encode()),
-                    seqs[0] if i else None,
-                    bad_words_ids,
-                    is_owned,
-                )
+                origin = f"{config.seed} {seq_id}" if params.seed is None else f"seed {params.seed} {i}"
+                request = token_ids.tolist(), inputs.sibling_params(params) if i else params
+                limits = config.eos_token_ids, config.max_model_len
+                rng_key, source = xxh64_intdigest(origin.encode()), seqs[0] if i else None
+                seq = Sequence(seq_id, *request, *limits, rng_key, source, bad_words_ids, is_owned)
                 if params.stop or (is_streamed and self.tokenizer is not None):
                     self._texts[seq_id] = TextStream(self.tokenizer, seq)
                 self._num_sequences += 1
@@ -260,14 +244,9 @@ class LLMEngine:
                     if seq.finish_reason:
                         del unfinished[seq]
                     if token_ids or seq.finish_reason:
-                        yield StreamDelta(
-                            index=index,
-                            completion=completion,
-                            text=self._texts[seq.seq_id].take_delta() if seq.seq_id in self._texts else "",
-                            token_ids=token_ids,
-                            finish_reason=seq.finish_reason,
-                            stop_reason=seq.stop_reason,
-                        )
+                        text = self._texts[seq.seq_id].take_delta() if seq.seq_id in self._texts else ""
+                        delta = {"index": index, "completion": completion, "text": text, "token_ids": token_ids}
+                        yield {**delta, "finish_reason": seq.finish_reason, "stop_reason": seq.stop_reason}
         finally:
             self._drop(list(num_yielded))
 

@@ -25,7 +25,7 @@ from nanovllm.layers.logits_processor import token_logprobs
 from nanovllm.layers.sampler import sample
 from nanovllm.layers.weight import pack_weights
 from nanovllm.models import MODELS
-from nanovllm.utils.context import Context, reset_context, set_context
+from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, upload
 from nanovllm.utils.loader import load_dummy, load_model
 from nanovllm.utils.parallel import TensorParallel
@@ -36,14 +36,9 @@ logger = logging.getLogger("nanovllm")
 
 
 class ModelRunner:
-    """Runs the steps that the scheduler decides on.
+    """Runs the steps that the scheduler decides on; sets `config.num_kvcache_blocks` if it is -1.
 
-    Args:
-        config: The engine's settings; `num_kvcache_blocks` is set here if it is -1.
-        tp: This rank's place among those that share the model; by default there are no others.
-
-    Raises:
-        ValueError: The checkpoint does not fit the model, or the memory left cannot hold the cache.
+    ValueError if the checkpoint does not fit the model, or the memory left cannot hold the cache.
     """
 
     failure: str | None = None  # why no further step can run
@@ -80,12 +75,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, seqs: list[Sequence], is_prefill: bool) -> list[int]:
-        """Computes the scheduled tokens of each sequence and samples the one after them.
+        """Computes the scheduled tokens of each sequence and returns the S that it samples after them.
 
-        Log-probabilities, where asked for, are added to the sequences.
-
-        Returns:
-            S token ids. Those of sequences whose prompt is not complete yet mean nothing.
+        Those of incomplete prompts mean nothing. Log-probabilities, where asked for, are added to the sequences.
         """
         batch = self.batch_builder.prefill(seqs) if is_prefill else self.batch_builder.decode(seqs)
         logits = self.forward(batch, partial(_score_prompts, seqs, batch))
@@ -96,21 +88,14 @@ class ModelRunner:
         return sample(logits, temperatures, uniforms).tolist()
 
     def forward(self, batch: Batch, score_prompts: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
-        """Fills the cache. All ranks must do so for the same batch.
+        """Fills the cache, on all ranks for the same batch. [S, vocabulary] last tokens' logits on rank 0, else None.
 
-        Args:
-            batch: The step's work.
-            score_prompts: Called with some of `batch.prompt_logprob_rows` and their logits until all are done, on
-                rank 0.
-
-        Returns:
-            [S, vocabulary] logits of the last scheduled token of each sequence on rank 0, None on the others.
+        There `score_prompts` is called with parts of `batch.prompt_logprob_rows` and their logits until all are done.
         """
         if self.graphs is not None and not batch.is_prefill and len(batch.context_lens) <= self.graphs.sizes[-1]:
             return self.model.compute_logits(self.graphs.replay(batch))
         input_ids, positions, context = make_inputs(batch, self.device)
-        set_context(context)
-        try:
+        with use_context(context):
             hidden_states = self.model(input_ids, positions)
             if batch.prompt_logprob_rows is not None:
                 wanted = batch.prompt_logprob_rows
@@ -119,8 +104,6 @@ class ModelRunner:
                     if logits is not None:
                         score_prompts(rows, logits)
             return self.model.compute_logits(hidden_states)
-        finally:
-            reset_context()
 
     @torch.inference_mode()
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
@@ -229,13 +212,11 @@ def make_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Con
     if batch.is_prefill:
         cu_seqlens_k = np.concatenate([[0], batch.context_lens.cumsum()]).astype(np.int32)
         max_seqlen_q = int(np.diff(batch.cu_seqlens_q).max())
-    seqlens = batch.cu_seqlens_q, cu_seqlens_k
+    bounds = batch.cu_seqlens_q, cu_seqlens_k
     cache = batch.slot_mapping, batch.context_lens, batch.block_tables
-    input_ids, positions, cu_seqlens_q, cu_seqlens_k, *cache = upload(
-        [batch.input_ids, batch.positions, *seqlens, *cache], device
-    )
+    input_ids, positions, *tensors = upload([batch.input_ids, batch.positions, *bounds, *cache], device)
     max_seqlens = max_seqlen_q, int(batch.context_lens.max())
-    return input_ids, positions, Context(batch.is_prefill, cu_seqlens_q, cu_seqlens_k, *max_seqlens, *cache)
+    return input_ids, positions, Context(batch.is_prefill, *tensors[:2], *max_seqlens, *tensors[2:])
 
 
 def _score_prompts(seqs: list[Sequence], batch: Batch, rows: np.ndarray, logits: Tensor) -> None:

@@ -24,11 +24,8 @@ from nanovllm.utils.parallel import TensorParallel, connect
 class ParallelRunner(ModelRunner):
     """Rank 0 of `tensor_parallel_size` ranks; starts the others.
 
-    A failure while the ranks work together ends them all, for they can no longer agree on where they are.
-
-    Raises:
-        ValueError: See `ModelRunner`.
-        RuntimeError: Another rank failed; the message has its number and its traceback or exit code.
+    A failure while the ranks work together ends them all, for they can no longer agree on where they are. If it is
+    another rank's, it is raised as a RuntimeError with that rank's number and its traceback or exit code.
     """
 
     def __init__(self, config: Config):

@@ -20,12 +20,8 @@ def sample_with_options(
 ) -> list[int]:
     """Samples as `sample` does, after the penalties, masks and filters of the sequences that have some.
 
-    Log-probabilities, of the unchanged logits, are added to the sequences that ask for them.
-
-    Args:
-        logits: [S, V], any floating dtype; not changed.
-        temperatures, uniforms: [S] float32 and [S] float64, or None, as for `sample`.
-        with_options: The rows of S with options, and their sequences.
+    Log-probabilities, of the unchanged logits, are added to the sequences that ask for them. `with_options` are the
+    rows of S with options, and their sequences.
     """
     # A chunk of a prompt that is not complete samples nothing, so that no callable sees it.
     complete = [

@@ -64,15 +64,10 @@ class Channel:
 
 
 class Workers:
-    """Ranks 1 and up, started with the `spawn` method. They end with this object.
+    """Ranks 1 to `size` - 1, started with the `spawn` method. They end with this object.
 
-    Args:
-        size: Number of ranks, the caller's rank 0 included.
-        work: Called in each worker as `work(rank, receive, rendezvous, *args)`; serves until the worker is ended.
-        args: Must be picklable.
-
-    Raises:
-        RuntimeError: This process is itself one that is being started.
+    Each calls `work(rank, receive, rendezvous, *args)`, with picklable `args`, which serves until the worker is ended.
+    RuntimeError if this process is itself one that is being started.
     """
 
     def __init__(self, size: int, work: Callable[..., None], *args: object):
@@ -91,11 +86,7 @@ class Workers:
             self._processes.append(process)
 
     def publish(self, *message: object) -> None:
-        """Sends a picklable message to every worker, and returns before they have read all of it.
-
-        Raises:
-            WorkerError: A worker has failed.
-        """
+        """Sends all workers a picklable message; returns before they have read all of it. WorkerError if one failed."""
         channel, data = self._channel, pickle.dumps(message, protocol=5)
         for start in range(0, len(data), CAPACITY):
             for _ in self._processes:

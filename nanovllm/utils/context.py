@@ -3,9 +3,11 @@
 Legend: T tokens in the step, S sequences, B block-table columns.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 
 @dataclass(slots=True)
@@ -13,13 +15,13 @@ class Context:
     """Tensors live on the model's device."""
 
     is_prefill: bool = False  # each sequence brings one or more new tokens; else exactly one
-    cu_seqlens_q: torch.Tensor | None = None  # [S + 1] int32, bounds of the new tokens among the T (prefill only)
-    cu_seqlens_k: torch.Tensor | None = None  # [S + 1] int32, of all tokens up to the last new one (prefill only)
+    cu_seqlens_q: Tensor | None = None  # [S + 1] int32, bounds of the new tokens among the T (prefill only)
+    cu_seqlens_k: Tensor | None = None  # [S + 1] int32, of all tokens up to the last new one (prefill only)
     max_seqlen_q: int = 0  # most new tokens of a sequence
     max_seqlen_k: int = 0  # most tokens of a sequence
-    slot_mapping: torch.Tensor | None = None  # [T] int64, the cache slot of each new token; -1 is not stored
-    context_lens: torch.Tensor | None = None  # [S] int32, tokens in the cache after this step's are stored
-    block_tables: torch.Tensor | None = None  # [S, B] int32, None for a prefill in which none has a cached prefix
+    slot_mapping: Tensor | None = None  # [T] int64, the cache slot of each new token; -1 is not stored
+    context_lens: Tensor | None = None  # [S] int32, tokens in the cache after this step's are stored
+    block_tables: Tensor | None = None  # [S, B] int32, None for a prefill in which none has a cached prefix
 
 
 _context = Context()
@@ -29,10 +31,12 @@ def get_context() -> Context:
     return _context
 
 
-def set_context(context: Context) -> None:
+@contextmanager
+def use_context(context: Context) -> Iterator[None]:
+    """Makes it what `get_context` returns within the block."""
     global _context
     _context = context
-
-
-def reset_context() -> None:
-    set_context(Context())
+    try:
+        yield
+    finally:
+        _context = Context()
