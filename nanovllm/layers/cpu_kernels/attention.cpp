@@ -39,7 +39,7 @@ struct Rows {  // of one task
     int64_t limits[ROWS];  // keys that the row may see
 };
 
-// Lane i of the result is the sum of the lanes of x[i % 4]... of which only the first four lanes matter.
+// Lane i of the result is the sum of the 16 lanes of x[i].
 inline __m128 sum4(const __m512* x) {
     __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
     __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));

@@ -57,7 +57,7 @@ def load_kernels() -> ctypes.CDLL | None:
     except Exception as error:  # whatever a compiler, a file system or a linker can do wrong
         warnings.warn(
             f"the CPU kernels could not be compiled, so plain PyTorch is used, which is several times slower; "
-            f"install a C++ compiler (g++ 10 or newer, or clang) and the package ninja. The reason: {str(error)[:500]}",
+            f"install a C++ compiler (g++ 10 or newer) and the package ninja. The reason: {str(error)[:500]}",
             stacklevel=2,
         )
         return None
