@@ -24,9 +24,9 @@ def embedding(ids: torch.Tensor, weight: Weight) -> torch.Tensor:
 
 
 def pack_weights(model: nn.Module, quantization: str | None) -> None:
-    """Replaces the weights of a loaded model's products by what is fastest here; one by one, so that memory holds.
+    """Replaces the weights of a loaded model's products and embeddings by what is fastest here, one by one.
 
-    Embeddings are replaced only if they are tied to the LM head. Sizes that do not fit the kernels stay as they are.
+    Those whose sizes do not fit the kernels stay as they are.
     ValueError if `quantization`, None or "int8", is not for this device, dtype or processor.
     """
     one = next(model.parameters())
