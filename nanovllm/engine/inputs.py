@@ -5,7 +5,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nanovllm.config import Config
 from nanovllm.sampling_params import SamplingParams
@@ -21,6 +21,8 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
     path = config.model_path
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return None
+    from transformers import AutoTokenizer  # which imports every model's code in some versions
+
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
