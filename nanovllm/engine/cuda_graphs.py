@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from nanovllm.engine.batch import Batch
-from nanovllm.layers.cpu_kernels.library import Recording
+from nanovllm.layers.cpu_kernels.compiled import Recording
 from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.device import ALIGNMENT, upload
 

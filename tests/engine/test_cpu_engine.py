@@ -8,7 +8,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.cuda_graphs import RecordedSteps
 from nanovllm.layers import cpu_kernels, weight
 from nanovllm.layers.cpu_kernels import Int8Weight, PackedWeight
-from nanovllm.layers.cpu_kernels.library import load_kernels
+from nanovllm.layers.cpu_kernels.compiled import load_kernels
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
 SETTINGS = {"kvcache_block_size": 16, "num_kvcache_blocks": 60, "dtype": "bfloat16", "device": "cpu"}

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from helpers import ROOT, chi_squared_p
 from nanovllm.layers import cpu_kernels
-from nanovllm.layers.cpu_kernels import Int8Weight, PackedWeight, library
-from nanovllm.layers.cpu_kernels.library import Recording, load_kernels
+from nanovllm.layers.cpu_kernels import Int8Weight, PackedWeight, compiled
+from nanovllm.layers.cpu_kernels.compiled import Recording, load_kernels
 from nanovllm.layers.layernorm import RMSNorm
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
@@ -203,7 +203,7 @@ def test_what_pytorch_computes_makes_a_recording_incomplete():
 def test_library_is_compiled_once_and_without_a_compiler_plain_pytorch_is_used(tmp_path):
     script = (
         "import warnings; warnings.simplefilter('always')\n"
-        "from nanovllm.layers.cpu_kernels.library import load_kernels\n"
+        "from nanovllm.layers.cpu_kernels.compiled import load_kernels\n"
         "print(load_kernels() is not None, load_kernels() is not None)"
     )
 
@@ -222,6 +222,6 @@ def test_library_is_compiled_once_and_without_a_compiler_plain_pytorch_is_used(t
 
 
 def test_processors_without_the_instructions_get_plain_pytorch_silently(monkeypatch, recwarn):
-    monkeypatch.setattr(library, "cpu_has", lambda feature: feature != "avx512_vnni")
+    monkeypatch.setattr(compiled, "cpu_has", lambda feature: feature != "avx512_vnni")
     assert load_kernels.__wrapped__() is None
     assert not recwarn.list

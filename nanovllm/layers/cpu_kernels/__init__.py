@@ -6,7 +6,7 @@ Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim, V vo
 import torch
 from torch import Tensor
 
-from nanovllm.layers.cpu_kernels.library import call, empty, load_kernels
+from nanovllm.layers.cpu_kernels.compiled import call, empty, load_kernels
 from nanovllm.utils.context import Context
 
 GROUP = 128  # as in linear.cpp

@@ -135,6 +135,7 @@ class Recording:
         library = load_kernels()
         functions = [ctypes.cast(library["call_" + name], ctypes.c_void_p).value for name, _ in self.calls]
         self._table = np.stack([np.array(functions, dtype=np.int64), starts], axis=1)  # [calls, 2]
+        self.calls.clear()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """As torch.empty, of memory that is used again once nothing refers to the tensor, but never given back."""
