@@ -174,7 +174,7 @@ struct Task {
 // Writes [T, KH, D] keys or values (tokens `stride` apart) to their slots of a [blocks, KH, block_size, D] cache.
 EXPORT void store_kv(const bf16* x, int64_t stride, bf16* cache, const int64_t* slots, int64_t num_tokens,
                      int64_t num_kv_heads, int64_t block_size, int64_t d) {
-#pragma omp parallel for
+#pragma omp parallel for if (num_tokens > 4)
     for (int64_t t = 0; t < num_tokens; t++)
         for (int64_t h = 0; h < num_kv_heads && slots[t] >= 0; h++) {
             int64_t block = slots[t] / block_size, offset = slots[t] % block_size;

@@ -1,5 +1,6 @@
 // The operations between the products: norms, rotary embedding, SwiGLU's gate, sampling.
-// Each rounds to bf16 where the plain PyTorch code does. Rows may have any length.
+// Each rounds to bf16 where the plain PyTorch code does. Rows may have any length. A few tokens are done before other
+// threads would wake up.
 
 #include "common.h"
 
@@ -45,7 +46,7 @@ void norm_rope_token(const bf16* x, const bf16* weight, float eps, const float* 
 // sum [t, n] = x + residual (x if there is none), out = its norm times the weight.
 EXPORT void add_rms_norm(const bf16* x, const bf16* residual, const bf16* weight, float eps, bf16* sum, bf16* out,
                          int64_t num_tokens, int64_t n) {
-#pragma omp parallel for
+#pragma omp parallel for if (num_tokens > 4)
     for (int64_t t = 0; t < num_tokens; t++) {
         const bf16* row = x + t * n;
         if (residual) {
@@ -65,7 +66,7 @@ EXPORT void norm_rope(const bf16* q, int64_t q_stride, const bf16* k, int64_t k_
                       const bf16* k_weight, float eps, const float* cos, const float* sin, const int64_t* positions,
                       bf16* q_out, bf16* k_out, int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
                       int64_t d) {
-#pragma omp parallel for
+#pragma omp parallel for if (num_tokens > 4)
     for (int64_t t = 0; t < num_tokens; t++) {
         const float *c = cos + positions[t] * d / 2, *s = sin + positions[t] * d / 2;
         norm_rope_token(q + t * q_stride, q_weight, eps, c, s, q_out + t * num_heads * d, num_heads, d);
@@ -75,7 +76,7 @@ EXPORT void norm_rope(const bf16* q, int64_t q_stride, const bf16* k, int64_t k_
 
 // out [t, n] = silu(gate) * up, both with rows `stride` apart.
 EXPORT void silu_and_mul(const bf16* gate, const bf16* up, int64_t stride, bf16* out, int64_t num_tokens, int64_t n) {
-#pragma omp parallel for
+#pragma omp parallel for if (num_tokens > 4)
     for (int64_t t = 0; t < num_tokens; t++)
         for (int64_t i = 0; i < n; i += 16) {
             __m512 g = load16(gate + t * stride + i, n - i);
