@@ -22,7 +22,7 @@ struct Prefetch {
     int64_t pace;
 
     Prefetch(const void* panel, int64_t bytes, int64_t row, int64_t rows, int64_t m)
-        : next((const char*)panel + (rows == m ? 8192 : bytes + bytes * row / m)), pace(128 * rows / m) {}
+        : next((const char*)panel + (rows == m ? 4096 : bytes + bytes * row / m)), pace(128 * rows / m) {}
 
     void step() {
         _mm_prefetch(next, _MM_HINT_T1);
