@@ -23,7 +23,7 @@ from nanovllm.layers.attention_cpu import CPUAttention
 from nanovllm.layers.fused import fused_ops
 from nanovllm.layers.logits_processor import token_logprobs
 from nanovllm.layers.sampler import sample
-from nanovllm.layers.weight import pack_weights
+from nanovllm.layers.weight import check_quantization, pack_weights
 from nanovllm.models import MODELS
 from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, upload
@@ -123,6 +123,7 @@ class ModelRunner:
 
     def _build_model(self) -> torch.nn.Module:
         config = self.config
+        check_quantization(config.quantization, config.dtype, config.device)
         default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(config.dtype)
         try:

@@ -34,7 +34,7 @@ class CPUAttention:
 
     @staticmethod
     def prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
-        if _can_attend(q):
+        if can_attend(q):
             return cpu_kernels.attend(q, *((k, v) if context.block_tables is None else (k_cache, v_cache)), context)
         out, bounds = torch.empty_like(q), context.cu_seqlens_q.tolist()
         for i, len_k in enumerate(context.cu_seqlens_k.diff().tolist()):
@@ -52,7 +52,7 @@ class CPUAttention:
 
     @staticmethod
     def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
-        if _can_attend(q):
+        if can_attend(q):
             return cpu_kernels.attend(q, k_cache, v_cache, context)
         # The query heads of a group share their keys: as rows of one query matrix they read them once.
         grouped = q.unflatten(1, (k_cache.shape[1], -1))  # [S, KH, H / KH, D]
@@ -63,7 +63,8 @@ class CPUAttention:
         return out.flatten(1, 2)
 
 
-def _can_attend(q: Tensor) -> bool:
+def can_attend(q: Tensor) -> bool:
+    """Whether the kernels take [T, H, D] queries of this kind."""
     return q.shape[2] % 32 == 0 and q.shape[2] <= 256 and cpu_kernels.has_kernels(q)
 
 

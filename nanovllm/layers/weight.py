@@ -23,19 +23,21 @@ def embedding(ids: torch.Tensor, weight: Weight) -> torch.Tensor:
     return F.embedding(ids, weight) if isinstance(weight, torch.Tensor) else weight.rows(ids)
 
 
+def check_quantization(quantization: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    """ValueError if `quantization`, None or "int8", is not for this dtype, device or processor."""
+    if quantization is not None and not cpu_kernels.has_kernels(torch.empty(0, dtype=dtype, device=device)):
+        raise ValueError(
+            f"quantization={quantization!r} needs device='cpu', dtype='bfloat16', a processor with AVX512-BF16 and "
+            f"AVX512-VNNI, and a C++ compiler; here are {device.type} and {dtype}: leave quantization out"
+        )
+
+
 def pack_weights(model: nn.Module, quantization: str | None) -> None:
     """Replaces the weights of a loaded model's products and embeddings by what is fastest here, one by one.
 
-    Those whose sizes do not fit the kernels stay as they are.
-    ValueError if `quantization`, None or "int8", is not for this device, dtype or processor.
+    Those whose sizes do not fit the kernels stay as they are. `quantization` was checked.
     """
-    one = next(model.parameters())
-    if not cpu_kernels.has_kernels(one):
-        if quantization is not None:
-            raise ValueError(
-                f"quantization={quantization!r} needs device='cpu', dtype='bfloat16', a processor with AVX512-BF16 and "
-                f"AVX512-VNNI, and a C++ compiler; here are {one.device.type} and {one.dtype}: leave quantization out"
-            )
+    if not cpu_kernels.has_kernels(next(model.parameters())):
         return
     if quantization is None and cpu_has("amx_bf16"):
         return  # PyTorch's own products are faster on matrix units
