@@ -228,20 +228,15 @@ def open_nanovllm(args: argparse.Namespace, config: Config) -> Generate:
     llm = LLM(str(config.model_path), **engine_options(args))
 
     def generate(workload: Workload) -> Figures:
-        tokens, seconds = {True: 0, False: 0}, {True: 0.0, False: 0.0}  # by whether it is prefill
-        output_tokens = 0
-        for prompt, n in zip(workload.prompts, workload.output_lens, strict=True):
-            llm.add_request(prompt, SamplingParams(args.temperature, max_tokens=n, ignore_eos=True))
-        while not llm.is_finished():
-            start = perf_counter()
-            outputs, num_tokens = llm.step()
-            tokens[num_tokens > 0] += abs(num_tokens)
-            seconds[num_tokens > 0] += perf_counter() - start
-            output_tokens += sum(len(token_ids) for _, token_ids in outputs)
-        figures: Figures = {"output_tokens": output_tokens}
-        for phase, is_prefill in (("prefill", True), ("decode", False)):
-            figures[f"{phase}_tokens"], figures[f"{phase}_seconds"] = tokens[is_prefill], seconds[is_prefill]
-            figures[f"{phase}_tokens_per_s"] = tokens[is_prefill] / max(seconds[is_prefill], 1e-9)
+        before = llm.stats()
+        params = [SamplingParams(args.temperature, max_tokens=n, ignore_eos=True) for n in workload.output_lens]
+        outputs = llm.generate(workload.prompts, params)
+        after = llm.stats()
+        figures: Figures = {"output_tokens": sum(len(output["token_ids"]) for output in outputs)}
+        for phase in ("prefill", "decode"):
+            tokens, seconds = (after[f"{phase}_{unit}"] - before[f"{phase}_{unit}"] for unit in ("tokens", "seconds"))
+            figures |= {f"{phase}_tokens": tokens, f"{phase}_seconds": seconds}
+            figures[f"{phase}_tokens_per_s"] = tokens / max(seconds, 1e-9)
         return figures
 
     return generate

@@ -2,7 +2,8 @@
 
 from nanovllm.engine.beam_search import BeamSearchParams
 from nanovllm.llm import LLM
+from nanovllm.outputs import GenerationError
 from nanovllm.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "BeamSearchParams", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "GenerationError", "SamplingParams", "__version__"]

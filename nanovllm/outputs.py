@@ -3,6 +3,14 @@
 from typing import TypedDict
 
 
+class GenerationError(RuntimeError):
+    """Some requests of a call failed of what concerns them alone. `outputs` has those of all its prompts."""
+
+    def __init__(self, message: str, outputs: list["RequestOutput"]):
+        super().__init__(message)
+        self.outputs = outputs
+
+
 class TokenLogprob(TypedDict):
     """One token under the model's own distribution (before temperature, penalties and filters)."""
 
@@ -12,12 +20,17 @@ class TokenLogprob(TypedDict):
     top: list[list]  # `[token_id, logprob]` of the most likely tokens, as many as were asked for, most likely first
 
 
-class CompletionOutput(TypedDict):
+class Failure(TypedDict, total=False):
+    error: str  # what the completion failed of; only with `finish_reason` "error"
+
+
+class CompletionOutput(Failure):
     """One completion of a prompt."""
 
     text: str  # without special tokens (see `skip_special_tokens`) and without what stopped it
     token_ids: list[int]  # everything that was sampled, the token that ended it included
-    finish_reason: str  # "stop", "length" (also when the cache could not hold the sequence even alone) or "abort"
+    # "stop", "length" (also when the cache could not hold the sequence even alone), "abort", or "error"
+    finish_reason: str
     stop_reason: int | str | None  # which of `stop_token_ids` or `stop` ended it; None for end of sequence or a length
     logprobs: list[TokenLogprob] | None
     cumulative_logprob: float | None  # sum over `token_ids`; None unless `logprobs` were asked for
@@ -28,10 +41,11 @@ class RequestOutput(CompletionOutput, total=False):
 
     prompt_logprobs: list[TokenLogprob | None] | None  # one for each token; the first has nothing before it and is None
     num_cached_tokens: int  # of the prompt, whose keys and values the prefix cache had when the request was admitted
-    outputs: list[CompletionOutput]  # all completions, with `n` above 1
+    outputs: list[CompletionOutput]  # all `n` completions
+    request_id: int  # from `step` only: what `add_request` returned
 
 
-class StreamDelta(TypedDict):
+class StreamDelta(Failure):
     """A piece of a completion, as `generate_stream` yields it."""
 
     index: int  # of the prompt

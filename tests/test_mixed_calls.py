@@ -92,7 +92,7 @@ class Calls:
         while not self.llm.is_finished():
             self.llm.step()
         assert self.llm.block_manager.num_free_blocks == self.llm.config.num_kvcache_blocks
-        assert not self.llm.scheduler.held and not self.llm._texts
+        assert not self.llm.scheduler.held and not self.llm._added
 
 
 def test_any_mix_of_calls_gives_right_answers_and_leaves_nothing_behind(checkpoint):

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from nanovllm.engine.detokenizer import decode
-from nanovllm.engine.inputs import Prompts, as_list, encode
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.engine_loop import News
+from nanovllm.engine.inputs import Prompts, as_list
+from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import BeamHypothesis, BeamOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import check_bool, check_float, check_int
@@ -42,30 +43,33 @@ def beam_search(engine: "LLMEngine", prompts: Prompts, params: BeamSearchParams,
     at_once = engine.config.max_num_seqs // params.beam_width
     if not at_once:
         raise ValueError(f"beam_width={params.beam_width} must not exceed max_num_seqs={engine.config.max_num_seqs}")
-    encoded = encode(as_list(prompts), engine.config, engine.tokenizer)
-    outputs = []
-    with tqdm(total=len(encoded), desc="Searching", unit="prompt", disable=not use_tqdm) as progress:
-        for start in range(0, len(encoded), at_once):
-            searches = [_Search(engine, ids.tolist(), params) for ids in encoded[start : start + at_once]]
-            unfinished = searches
-            try:
-                while unfinished:
-                    engine._step()
-                    for search in unfinished:
-                        search.advance()
-                    progress.update(sum(not search.live for search in unfinished))
-                    unfinished = [search for search in unfinished if search.live]
-            finally:
-                engine._drop([seq for search in unfinished for seq, _ in search.live])  # nothing, but for an error
-            outputs += [{**search.finished[0], "outputs": search.finished} for search in searches]
-    return outputs
+    encoded = engine._encode(as_list(prompts))
+    searches: list[_Search] = []
+    num_unfinished, news = 0, News()
+    try:
+        engine._loop.open_call(news)
+        with tqdm(total=len(encoded), desc="Searching", unit="prompt", disable=not use_tqdm) as progress:
+            for start in range(0, len(encoded), at_once):
+                group = [_Search(engine, ids.tolist(), params, news) for ids in encoded[start : start + at_once]]
+                searches += group
+                num_unfinished = len(group)
+                engine._loop.add([seq for search in group for seq, _ in search.live], news)
+                while num_unfinished:
+                    engine._loop.next_news(news)
+                    num_unfinished -= 1
+                    progress.update()
+    finally:
+        engine._close_call(news, num_unfinished == 0)
+    return [{**search.finished[0], "outputs": search.finished} for search in searches]
 
 
 class _Search:
-    """The search over one prompt: its live beams, best first, and the best finished hypotheses."""
+    """The search over one prompt: its live beams, best first, and the best finished hypotheses. Watches the beams."""
 
-    def __init__(self, engine: "LLMEngine", prompt: list[int], params: BeamSearchParams):
-        self.engine, self.params = engine, params
+    follows = False
+
+    def __init__(self, engine: "LLMEngine", prompt: list[int], params: BeamSearchParams, news: News):
+        self.engine, self.params, self.news = engine, params, news
         self.num_prompt_tokens = len(prompt)
         self.max_tokens = min(params.max_tokens, engine.config.max_model_len - len(prompt))
         self.eos = frozenset() if params.ignore_eos else engine.config.eos_token_ids
@@ -74,12 +78,19 @@ class _Search:
         self.one_step = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=self.num_candidates)
         self.finished: list[BeamHypothesis] = []  # best first
         self.live: list[tuple[Sequence, float]] = [(self._sequence(prompt), 0.0)]  # with sums of log-probabilities
-        engine.scheduler.add(self.live[0][0])
 
-    def advance(self) -> None:
-        """Once every live beam has run a step, replaces them by their best continuations."""
-        if any(seq.status is not SequenceStatus.FINISHED for seq, _ in self.live):
+    def on_token(self, seq: Sequence) -> None:
+        """Does not come: each beam ends after a token."""
+
+    def on_end(self, seq: Sequence) -> None:
+        """Once every live beam has run a step, goes on with their best continuations. In the engine's thread."""
+        if not self.live or any(beam.finish_reason in (None, "abort") for beam, _ in self.live):
             return
+        self._advance()
+        if not self.live:
+            self.news.put(self)
+
+    def _advance(self) -> None:
         parents, width = self.live, self.params.beam_width
         length = max(len(seq) for seq, _ in parents) - self.num_prompt_tokens
         candidates = [
@@ -108,9 +119,10 @@ class _Search:
 
     def _sequence(self, token_ids: list[int]) -> Sequence:
         """A hypothesis that runs for one step and then keeps its blocks, for its children."""
-        seq_id, max_len = self.engine._num_sequences, self.engine.config.max_model_len
-        self.engine._num_sequences += 1
-        return Sequence(seq_id, token_ids, self.one_step, max_len=max_len, is_owned=True, keeps_blocks=True)
+        max_len = self.engine.config.max_model_len
+        seq = Sequence(self.engine._new_ids(1), token_ids, self.one_step, max_len=max_len, keeps_blocks=True)
+        seq.watcher = self
+        return seq
 
     def _finish(self, total: float, token_ids: list[int]) -> None:
         has_stopped = bool(token_ids) and token_ids[-1] in self.eos

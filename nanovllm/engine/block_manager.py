@@ -44,7 +44,7 @@ class BlockManager:
         self.blocks = [Block(i) for i in range(num_blocks)]
         self.free_ids = OrderedDict.fromkeys(range(num_blocks))  # next to be taken first
         self.cached: dict[int, Block] = {}  # hash -> block with computed content
-        self.copies: list[tuple[int, int]] = []  # (from, to), to be done before the next step in this order
+        self.copies: list[tuple[int, int, int]] = []  # (from, to, filled slots): before the next step, in this order
         self._uids = count(ROOT + 1)
 
     @property
@@ -55,8 +55,10 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def hashes(self, seq: Sequence) -> list[int]:
-        """The chained hashes of all full blocks of `seq`; each is computed once in the sequence's life."""
+        """The chained hashes of all full blocks of `seq`; each is computed once for a prompt and its completions."""
         hashes, size = seq.block_hashes, self.block_size
+        if not hashes and seq.source is not None:
+            hashes += self.hashes(seq.source)[: seq.num_prompt_tokens // size]
         for k in range(len(hashes), len(seq) // size):
             previous = hashes[-1].to_bytes(8, "little") if hashes else b""
             hashes.append(xxh64_intdigest(previous + self._tokens(seq, k)))
@@ -109,7 +111,7 @@ class BlockManager:
             shared = self.blocks[seq.block_table[-1]]
             shared.ref_count -= 1
             seq.block_table[-1] = self._take()
-            self.copies.append((shared.block_id, seq.block_table[-1]))
+            self.copies.append((shared.block_id, seq.block_table[-1], seq.num_computed_tokens % self.block_size))
         for _ in range(self.num_blocks_missing(seq, num_tokens)):
             seq.block_table.append(self._take())
 
@@ -158,6 +160,15 @@ class BlockManager:
                     self.free_ids.move_to_end(block_id, last=False)
         seq.block_table = []
         seq.num_computed_tokens = 0
+
+    def reset(self) -> None:
+        """Takes all blocks back, whoever holds them, after an exception at any point. What is cached stays."""
+        self.copies = []
+        for block in self.blocks:
+            block.ref_count = 0
+        self.cached = {block.hash: block for block in self.blocks if block.hash is not None}
+        blank_first = sorted(self.blocks, key=lambda block: block.hash is not None)
+        self.free_ids = OrderedDict.fromkeys(block.block_id for block in blank_first)
 
     def _tokens(self, seq: Sequence, k: int) -> bytes:
         return seq.token_ids[k * self.block_size : (k + 1) * self.block_size].tobytes()

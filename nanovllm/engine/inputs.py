@@ -13,7 +13,7 @@ from nanovllm.sampling_params import SamplingParams
 Prompt = str | SequenceOf[int]
 Prompts = Prompt | SequenceOf[Prompt]
 Params = SamplingParams | SequenceOf[SamplingParams] | None  # one for all, one for each prompt, or the default
-Request = tuple[np.ndarray, SamplingParams]  # with int32 token ids, both checked
+SLICE = 256  # prompts to be tokenized at a time: enough for all cores, few enough for the engine to start soon
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
@@ -40,30 +40,36 @@ def as_list(prompts: Prompts) -> list[Prompt]:
     return list(prompts)
 
 
-def check_requests(
-    prompts: list[Prompt], params: Params, config: Config, tokenizer: PreTrainedTokenizerBase | None
-) -> list[Request]:
-    """Token ids and parameters of each prompt, or the errors of `LLM.generate`."""
-    n = len(prompts)
-    params = [params or SamplingParams()] * n if params is None or isinstance(params, SamplingParams) else params
+def as_params(
+    params: Params, num_prompts: int, config: Config, tokenizer: PreTrainedTokenizerBase | None
+) -> list[SamplingParams]:
+    """Checked parameters for each prompt, or the errors of `LLM.generate`. What is there many times is checked once."""
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * num_prompts
     if not isinstance(params, SequenceOf) or not all(isinstance(p, SamplingParams) for p in params):
         raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {reprlib.repr(params)}")
-    if len(params) != n:
-        raise ValueError(f"sampling_params has {len(params)} entries for {n} prompts; give one for all or one for each")
+    if len(params) != num_prompts:
+        given = f"{len(params)} entries for {num_prompts} prompts"
+        raise ValueError(f"sampling_params has {given}; give one for all or one for each")
+    checked = set()
     for i, p in enumerate(params):
-        _check_params(p, f"sampling_params[{i}]", config, tokenizer)
-    return list(zip(encode(prompts, config, tokenizer), params, strict=True))
+        if id(p) not in checked:
+            checked.add(id(p))
+            _check_params(p, f"sampling_params[{i}]", config, tokenizer)
+    return list(params)
 
 
-def encode(prompts: list[Prompt], config: Config, tokenizer: PreTrainedTokenizerBase | None) -> list[np.ndarray]:
-    """Token ids of each prompt, checked, as int32. All texts are tokenized in one call, which runs in parallel."""
+def encode(
+    prompts: list[Prompt], config: Config, tokenizer: PreTrainedTokenizerBase | None, start: int = 0
+) -> list[np.ndarray]:
+    """Token ids of each prompt, checked, as int32; the first is called `prompts[start]` in errors."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts and tokenizer is None:
         raise ValueError(f"{config.model_path} has no tokenizer; pass token ids instead of text")
-    tokenized = iter(tokenizer(texts)["input_ids"] if texts else ())
+    tokenized = iter(tokenizer(texts, return_attention_mask=False)["input_ids"] if texts else ())
     return [
         _check_prompt(next(tokenized) if isinstance(prompt, str) else prompt, f"prompts[{i}]", config)
-        for i, prompt in enumerate(prompts)
+        for i, prompt in enumerate(prompts, start)
     ]
 
 

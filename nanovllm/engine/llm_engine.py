@@ -1,32 +1,40 @@
-"""Requests in, outputs out: owns the tokenizer, the scheduler and the model runner. Knows nothing of tensors."""
+"""Requests in, outputs out: owns the tokenizer, and the loop that runs the steps. Knows nothing of tensors."""
 
 import difflib
+import os
+import sys
+import threading
 import warnings
 import weakref
+from array import array
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import fields
-from time import perf_counter
 
-from tqdm import tqdm
+import numpy as np
 from xxhash import xxh64_intdigest
 
 from nanovllm.config import Config
 from nanovllm.engine import inputs
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.detokenizer import TextStream, completion_text
-from nanovllm.engine.inputs import Params, Prompt, Prompts, Request
+from nanovllm.engine.detokenizer import TextStream
+from nanovllm.engine.engine_loop import EngineLoop, News
+from nanovllm.engine.inputs import Params, Prompt, Prompts
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.parallel_runner import ParallelRunner
+from nanovllm.engine.progress import Progress
+from nanovllm.engine.request import Request, error_text
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.outputs import CompletionOutput, RequestOutput, StreamDelta
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import GenerationError, RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams
 
 
 class LLMEngine:
     """Generates text for any number of requests, batched step by step.
 
-    Also a context manager: `with LLM(...) as llm:` calls `exit` at the end.
+    Any thread may call any method, and calls that overlap share their steps. Also a context manager: `with LLM(...) as
+    llm:` calls `exit` at the end.
 
     Args:
         model: A Hugging Face checkpoint directory, or an `owner/name` id of the hub.
@@ -46,17 +54,22 @@ class LLMEngine:
         self.model_runner = ModelRunner(config) if config.tensor_parallel_size == 1 else ParallelRunner(config)
         self.block_manager = BlockManager(config.num_kvcache_blocks, config.kvcache_block_size)
         self.scheduler = Scheduler(self.block_manager, config.max_num_seqs, config.max_num_batched_tokens)
-        self._failure: str | None = None  # that has closed the engine
+        self._loop = EngineLoop(self.model_runner, self.scheduler)
+        self._lock = threading.Lock()  # of what several callers would change at once: the tokenizer, the number below
         self._num_sequences = 0
-        self._unclaimed: list[Sequence] = []  # finished, and not reported by `step` yet
-        self._texts: dict[int, TextStream] = {}  # of the sequences whose text must be known as it grows, by seq_id
-        self._finalizer = weakref.finalize(self, _close, self.__dict__)
+        self._added: dict[int, Request] = {}  # by `add_request`, and not reported by `step` yet
+        self._ended: News = News()  # some of these
+        self._process = os.getpid()
+        self._finalizer = weakref.finalize(self, _close, self.__dict__, self._process)
 
     def __enter__(self) -> "LLMEngine":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.exit()
+
+    def __reduce__(self) -> str:
+        raise TypeError("an LLM cannot be pickled or copied: send its settings, and make an LLM in each process")
 
     def exit(self) -> None:
         """Gives the model's memory back and ends other ranks. Idempotent; `del` and the end of Python do it too."""
@@ -65,51 +78,68 @@ class LLMEngine:
     @property
     def is_closed(self) -> bool:
         """Whether `exit` was called, or a failure has ended the engine."""
-        return not self._finalizer.alive
+        return not self._finalizer.alive or self._loop.failure is not None
 
     # ---- requests, step by step
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queues one prompt, text or token ids; errors are those of `generate`.
-
-        Returns the id by which `step` reports the request; with `n` above 1 the first of `n` consecutive ones.
-        """
-        [seqs] = self._add(self._checked([prompt], sampling_params), is_owned=False)
-        return seqs[0].seq_id
-
-    def abort(self, seq_id: int) -> bool:
-        """Ends a request with what it has, and `finish_reason` "abort"; returns whether it was still unfinished."""
+        """Queues one prompt, text or token ids; errors are those of `generate`. Returns the request's id."""
         self._check_open()
-        self.scheduler.abort({seq_id})
-        return any(seq.seq_id == seq_id for seq in self._take_finished())
+        [params] = inputs.as_params(sampling_params, 1, self.config, self.tokenizer)
+        [request] = self._requests([prompt], [params], self._encode([prompt]), self._ended)
+        request_id = request.seqs[0].seq_id
+        self._added[request_id] = request
+        self._loop.add(request.seqs)
+        return request_id
+
+    def abort(self, request_id: int) -> bool:
+        """Ends a request, all its completions, with what it has and `finish_reason` "abort"; `step` reports it.
+
+        Returns whether it was still unfinished.
+        """
+        self._check_open()
+        request = self._added.get(request_id)
+        return request is not None and self._loop.abort(request.seqs)
 
     def is_finished(self) -> bool:
         """Whether no request is waiting or running, and `step` has nothing left to report."""
         self._check_open()
-        return self.scheduler.is_finished() and not self._unclaimed
+        return self._loop.do(self.scheduler.is_finished) and self._ended.empty()
 
-    def step(self) -> tuple[list[tuple[int, list[int]]], int]:
+    def step(self) -> tuple[list[RequestOutput], int]:
         """Runs one prefill or decode step.
 
-        Returns `(seq_id, completion token ids)` of each added request that finished, and how many tokens a prefill
-        step computed, or minus how many sequences a decode step advanced.
+        Returns the outputs of the added requests that have ended, each with its `request_id`, and how many tokens a
+        prefill step computed, or minus how many sequences a decode step advanced.
         """
         self._check_open()
-        _, num_tokens = self._step()
-        finished, self._unclaimed = self._unclaimed, []
-        for seq in finished:
-            self._texts.pop(seq.seq_id, None)
-        return [(seq.seq_id, seq.completion_token_ids) for seq in finished], num_tokens
+        num_tokens, outputs = self._loop.do(self._loop.step), []
+        while not self._ended.empty():
+            request = self._ended.get()
+            request_id = request.seqs[0].seq_id
+            del self._added[request_id]
+            outputs.append({"request_id": request_id, **request.output(self.tokenizer)})
+        return outputs, num_tokens
+
+    def stats(self) -> dict[str, float]:
+        """What the engine has computed so far: tokens and seconds in prefill steps and in decode steps."""
+        loop, kinds = self._loop, {"prefill": True, "decode": False}
+        tokens = {f"{name}_tokens": loop.num_tokens[kind] for name, kind in kinds.items()}
+        return tokens | {f"{name}_seconds": loop.seconds[kind] for name, kind in kinds.items()}
 
     # ---- whole calls
 
-    def generate(self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
-        """Completes prompts. Nothing runs unless all of them are valid.
+    def generate(
+        self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True, raise_on_error: bool = True
+    ) -> list[RequestOutput]:
+        """Completes prompts.
 
         Args:
             prompts: Texts, lists of token ids, or a mix; a bare string is one prompt.
             sampling_params: One for all, or one for each prompt; `SamplingParams()` by default.
             use_tqdm: Show a progress bar with prefill and decode tokens per second.
+            raise_on_error: Raise if a request fails of something that concerns it alone, such as a logits processor
+                that raises, once the others have finished; else its output has `finish_reason` "error".
 
         Returns:
             For each prompt, in order, a dict with at least `text` (empty if the model has no tokenizer), `token_ids`
@@ -118,24 +148,44 @@ class LLMEngine:
         Raises:
             TypeError: A prompt is neither text nor integers, or `sampling_params` is not of its type.
             ValueError: A prompt is empty, too long for the model or the cache, or has ids outside the vocabulary;
-                there are more or fewer `sampling_params` than prompts; or some do not fit the model.
+                there are more or fewer `sampling_params` than prompts; or some do not fit the model. Prompts are
+                checked 256 at a time, while those before run; after an error nothing of the call runs on.
+            GenerationError: See `raise_on_error`; its `outputs` has all of them.
+            KeyboardInterrupt: After Ctrl-C, with `outputs`: those of the finished prompts, None for the others.
         """
-        requests = self._add(self._checked(inputs.as_list(prompts), sampling_params))
-        seqs = [seq for request in requests for seq in request]
+        self._check_open()
+        prompts = inputs.as_list(prompts)
+        params = inputs.as_params(sampling_params, len(prompts), self.config, self.tokenizer)
+        outputs: list[RequestOutput | None] = [None] * len(prompts)
+        failed: list[Request] = []
+        num_unfinished, news = len(prompts), News()
         try:
-            self._run(seqs, use_tqdm)
-            return [self._request_output(request) for request in requests]
+            self._loop.open_call(news)
+            with Progress(params, self._loop, use_tqdm) as progress:
+                for request in self._run(prompts, params, news, progress):
+                    outputs[request.index] = request.output(self.tokenizer)
+                    num_unfinished -= 1
+                    progress.update(request)
+                    failed += [request] if request.error else []
+        except KeyboardInterrupt as interrupt:
+            interrupt.outputs = outputs
+            raise
         finally:  # after an error, Ctrl-C too, nothing of this call stays behind
-            self._drop(seqs)
+            self._close_call(news, num_unfinished == 0)
+        if failed and raise_on_error:
+            raise _failure(failed, outputs)
+        return outputs
 
-    def generate_stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[StreamDelta]:
+    def generate_stream(
+        self, prompts: Prompts, sampling_params: Params = None, raise_on_error: bool = True
+    ) -> Iterator[StreamDelta]:
         """Completes prompts, and yields each piece as it is produced.
 
-        The prompts are checked at once, and run while the iterator is read. The pieces of a completion add up to
-        what `generate` returns. Leaving the iterator frees its sequences.
+        The prompts are checked at once, and run from when the iterator is first read. The pieces of a completion add
+        up to what `generate` returns. Leaving the iterator frees its sequences.
 
         Args:
-            prompts, sampling_params: As for `generate`.
+            prompts, sampling_params, raise_on_error: As for `generate`.
 
         Yields:
             Dicts with `index` (of the prompt), `completion` (below `n`), `text` and `token_ids` (what is new; text may
@@ -143,156 +193,126 @@ class LLMEngine:
             until the completion's last piece.
 
         Raises:
-            TypeError, ValueError: See `generate`; also when the model's tokenizer is a slow one.
+            TypeError, ValueError, GenerationError: See `generate`; also when the model's tokenizer is a slow one.
         """
         self._check_open()
         if self.tokenizer is not None and not self.tokenizer.is_fast:
             raise ValueError("streaming needs a model with a fast tokenizer (a tokenizer.json)")
-        return self._stream(self._checked(inputs.as_list(prompts), sampling_params))
+        prompts = inputs.as_list(prompts)
+        params = inputs.as_params(sampling_params, len(prompts), self.config, self.tokenizer)
+        slices = (self._encode(prompts[i : i + inputs.SLICE], i) for i in range(0, len(prompts), inputs.SLICE))
+        return self._stream(prompts, params, [token_ids for part in slices for token_ids in part], raise_on_error)
 
     # ---- inside
 
-    def _checked(self, prompts: list[Prompt], sampling_params: Params) -> list[Request]:
-        self._check_open()
-        return inputs.check_requests(prompts, sampling_params, self.config, self.tokenizer)
+    def _encode(self, prompts: list[Prompt], start: int = 0) -> list[np.ndarray]:
+        with self._lock:
+            return inputs.encode(prompts, self.config, self.tokenizer, start)
 
-    def _add(self, requests: list[Request], is_owned: bool = True, is_streamed: bool = False) -> list[list[Sequence]]:
-        """Queues checked requests; returns the `n` sequences of each, of which the others share the first's blocks."""
-        added, config = [], self.config
-        for token_ids, params in requests:
-            bad_words_ids = inputs.encode_bad_words(params, self.tokenizer)
-            seqs: list[Sequence] = []
-            for i in range(params.n):
-                seq_id = self._num_sequences
+    def _new_ids(self, n: int) -> int:
+        """The first of `n` consecutive ids for sequences."""
+        with self._lock:
+            self._num_sequences += n
+            return self._num_sequences - n
+
+    def _requests(
+        self, prompts: list[Prompt], params: list[SamplingParams], encoded: list[np.ndarray], news: News,
+        start: int = 0, is_streamed: bool = False
+    ) -> list[Request]:  # fmt: skip
+        """Requests that are not queued yet, each with its `n` sequences; further ones share the first's blocks."""
+        requests, config = [], self.config
+        for index, (prompt, p, token_ids) in enumerate(zip(prompts, params, encoded, strict=True), start):
+            request = Request(index, prompt, news, is_streamed)
+            token_ids = array("i", token_ids.tobytes())
+            first_id = self._new_ids(p.n)
+            with self._lock:
+                bad_words_ids = inputs.encode_bad_words(p, self.tokenizer)
+            for i in range(p.n):
                 # Each completion has a random stream of its own, so what else runs beside it does not change its draws.
-                origin = f"{config.seed} {seq_id}" if params.seed is None else f"seed {params.seed} {i}"
-                request = token_ids.tolist(), inputs.sibling_params(params) if i else params
+                origin = f"{config.seed} {first_id + i}" if p.seed is None else f"seed {p.seed} {i}"
+                key, source = xxh64_intdigest(origin.encode()), request.seqs[0] if i else None
                 limits = config.eos_token_ids, config.max_model_len
-                rng_key, source = xxh64_intdigest(origin.encode()), seqs[0] if i else None
-                seq = Sequence(seq_id, *request, *limits, rng_key, source, bad_words_ids, is_owned)
-                if params.stop or (is_streamed and self.tokenizer is not None):
-                    self._texts[seq_id] = TextStream(self.tokenizer, seq)
-                self._num_sequences += 1
-                self.scheduler.add(seq)
-                seqs.append(seq)
-            added.append(seqs)
-        return added
+                own = inputs.sibling_params(p) if i else p
+                seq = Sequence(first_id + i, token_ids, own, *limits, key, source, bad_words_ids)
+                if p.stop or (is_streamed and self.tokenizer is not None):
+                    seq.text = TextStream(self.tokenizer, seq)
+                request.watch(seq)
+            requests.append(request)
+        return requests
 
-    def _step(self) -> tuple[list[Sequence], int]:
-        """One step; returns the sequences that finished, whosever they are, and its tokens as `step` does."""
-        scheduler = self.scheduler
-        seqs, is_prefill = scheduler.schedule()
-        num_tokens = sum(seq.num_scheduled_tokens for seq in seqs) if is_prefill else -len(seqs)
-        copies, self.block_manager.copies = self.block_manager.copies, []
-        if seqs:
-            try:
-                if copies:
-                    self.model_runner.copy_blocks(copies)
-                token_ids = self.model_runner.run(seqs, is_prefill)
-            except BaseException:
-                if self.model_runner.failure is None:
-                    scheduler.requeue(seqs)
-                else:
-                    self._failure = self.model_runner.failure
-                    self.exit()
-                raise
-            scheduler.postprocess(seqs, token_ids)
-            if self._texts:
-                self._read_texts(seqs)
-        return self._take_finished(), num_tokens
+    def _run(
+        self, prompts: list[Prompt], params: list[SamplingParams], news: News, progress: Progress
+    ) -> Iterator[Request]:
+        """Queues prompts while those before run, and yields the requests as they end."""
+        num_unfinished = 0
+        for start in range(0, len(prompts), inputs.SLICE):
+            part = slice(start, start + inputs.SLICE)
+            requests = self._requests(prompts[part], params[part], self._encode(prompts[part], start), news, start)
+            self._loop.add([seq for request in requests for seq in request.seqs], news)
+            num_unfinished += len(requests)
+            while not news.empty():
+                num_unfinished -= 1
+                yield self._loop.next_news(news)
+        while num_unfinished:
+            request = self._loop.next_news(news, progress.interval)
+            progress.show()
+            if request is not None:
+                num_unfinished -= 1
+                yield request
 
-    def _read_texts(self, seqs: list[Sequence]) -> None:
-        """Ends the sequences whose text has reached a stop string."""
-        for seq in seqs:
-            stop = self._texts[seq.seq_id].feed() if seq.seq_id in self._texts else None
-            if stop is not None:
-                self.scheduler.abort({seq.seq_id}, "stop")
-                seq.finish_reason, seq.stop_reason = "stop", stop  # also where a length ended it in the same step
-
-    def _take_finished(self) -> list[Sequence]:
-        finished, self.scheduler.finished = self.scheduler.finished, []
-        self._unclaimed += [seq for seq in finished if not seq.is_owned]
-        return finished
-
-    def _run(self, seqs: list[Sequence], use_tqdm: bool) -> None:
-        """Steps until `seqs` are finished."""
-        tokens, seconds = {True: 0, False: 0}, {True: 0.0, False: 0.0}  # by whether it is prefill
-        with tqdm(total=len(seqs), desc="Generating", unit="prompt", disable=not use_tqdm) as progress:
-            unfinished = {seq.seq_id for seq in seqs}
-            while unfinished:
-                start = perf_counter()
-                finished, num_tokens = self._step()
-                tokens[num_tokens > 0] += abs(num_tokens)
-                seconds[num_tokens > 0] += perf_counter() - start
-                unfinished.difference_update(seq.seq_id for seq in finished)
-                if use_tqdm:
-                    progress.update(len(seqs) - len(unfinished) - progress.n)
-                    rates = {is_prefill: tokens[is_prefill] / max(seconds[is_prefill], 1e-9) for is_prefill in tokens}
-                    progress.set_postfix_str(f"prefill {rates[True]:.0f} tok/s, decode {rates[False]:.0f} tok/s", False)
-
-    def _stream(self, requests: list[Request]) -> Iterator[StreamDelta]:
+    def _stream(
+        self, prompts: list[Prompt], params: list[SamplingParams], encoded: list[np.ndarray], raise_on_error: bool
+    ) -> Iterator[StreamDelta]:
         self._check_open()
-        added = self._add(requests, is_streamed=True)
-        unfinished = {seq: (index, i) for index, seqs in enumerate(added) for i, seq in enumerate(seqs)}
-        num_yielded = dict.fromkeys(unfinished, 0)
+        news = News()
+        requests = self._requests(prompts, params, encoded, news, is_streamed=True)
+        seqs = [seq for request in requests for seq in request.seqs]
+        num_unfinished = len(seqs)
         try:
-            while unfinished:
-                self._step()
-                for seq, (index, completion) in list(unfinished.items()):
-                    token_ids = seq.token_ids[seq.num_prompt_tokens + num_yielded[seq] :].tolist()
-                    num_yielded[seq] += len(token_ids)
-                    if seq.finish_reason:
-                        del unfinished[seq]
-                    if token_ids or seq.finish_reason:
-                        text = self._texts[seq.seq_id].take_delta() if seq.seq_id in self._texts else ""
-                        delta = {"index": index, "completion": completion, "text": text, "token_ids": token_ids}
-                        yield {**delta, "finish_reason": seq.finish_reason, "stop_reason": seq.stop_reason}
+            self._loop.open_call(news)
+            self._loop.add(seqs, news)
+            while num_unfinished:
+                piece = self._loop.next_news(news)
+                num_unfinished -= piece["finish_reason"] is not None
+                yield piece
         finally:
-            self._drop(list(num_yielded))
+            self._close_call(news, num_unfinished == 0)
+        failed = [request for request in requests if request.error]
+        if failed and raise_on_error:
+            raise _failure(failed, [])
 
-    def _drop(self, seqs: list[Sequence]) -> None:
-        """Ends what is unfinished of a call's sequences, and forgets them."""
+    def _close_call(self, news: News, is_done: bool) -> None:
+        """At the end of a call, however it ends. A second Ctrl-C does not wait for what the first has ended."""
+        is_interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
         if not self.is_closed:
-            if any(seq.status is not SequenceStatus.FINISHED for seq in seqs):
-                self.scheduler.abort({seq.seq_id for seq in seqs})
-                self._take_finished()
-            self.scheduler.drop_held(seqs)
-        for seq in seqs:
-            self._texts.pop(seq.seq_id, None)
-
-    def _request_output(self, seqs: list[Sequence]) -> RequestOutput:
-        first, completions = seqs[0], [self._completion_output(seq) for seq in seqs]
-        output: RequestOutput = {
-            **completions[0],
-            "prompt_logprobs": None if first.params.prompt_logprobs is None else first.prompt_logprobs,
-            "num_cached_tokens": first.num_cached_tokens or 0,
-        }
-        if len(seqs) > 1:
-            output["outputs"] = completions
-        return output
-
-    def _completion_output(self, seq: Sequence) -> CompletionOutput:
-        text = self._texts.get(seq.seq_id)
-        logprobs = None if seq.params.logprobs is None else seq.logprobs[: seq.num_completion_tokens]
-        return {
-            "text": completion_text(self.tokenizer, seq) if text is None else text.finish(),
-            "token_ids": seq.completion_token_ids,
-            "finish_reason": seq.finish_reason,
-            "stop_reason": seq.stop_reason,
-            "logprobs": logprobs,
-            "cumulative_logprob": None if logprobs is None else sum(entry["logprob"] for entry in logprobs),
-        }
+            with suppress(KeyboardInterrupt) if is_interrupted else nullcontext():
+                self._loop.close_call(news, is_done)
 
     def _check_open(self) -> None:
-        if self.is_closed:
-            reason = "exit()" if self._failure is None else f"a failure: {self._failure}"
-            raise RuntimeError(f"this LLM was closed by {reason}; make a new one")
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this LLM belongs to the process that forked this one, and its threads stayed there: make an LLM in "
+                "each process, or start processes with multiprocessing.get_context('spawn')"
+            )
+        self._loop.check_alive()
+        if self._loop.is_this_thread:
+            raise RuntimeError(
+                "an LLM cannot be called from inside a step, by a logits processor: it would wait forever"
+            )
 
 
-def _close(state: dict) -> None:
+def _failure(failed: list[Request], outputs: list[RequestOutput]) -> GenerationError:
+    first = min(failed, key=lambda request: request.index)
+    others = f" (and {len(failed) - 1} other prompts failed)" if len(failed) > 1 else ""
+    failure = GenerationError(f"prompts[{first.index}] failed: {error_text(first.error)}{others}", outputs)
+    failure.__cause__ = first.error
+    return failure
+
+
+def _close(state: dict, process: int) -> None:
     """Drops what holds memory. Gets the engine's attributes, not the engine, which it must not keep alive."""
-    if "model_runner" in state:
-        state["model_runner"].close()
+    if os.getpid() == process:  # a forked child has not got the thread
+        state["_loop"].end()
     for name in ("model_runner", "scheduler", "block_manager"):
         state.pop(name, None)
 

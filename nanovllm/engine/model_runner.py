@@ -47,6 +47,7 @@ class ModelRunner:
     def __init__(self, config: Config, tp: TensorParallel | None = None):
         self.config = config
         self.device = config.device
+        self.num_threads = torch.get_num_threads()
         self.tp = tp or TensorParallel()
         times = [perf_counter()]
         self.model = self._build_model()
@@ -72,6 +73,12 @@ class ModelRunner:
         parts = "weights", f"{config.num_kvcache_blocks} cache blocks", f"{len(sizes)} CUDA graphs"
         parts = zip(parts, (weight_bytes, cache_bytes, graph_bytes), np.diff(times), strict=True)
         logger.info("start-up: " + ", ".join(f"{part} {n / GIB:.2f} GiB in {s:.1f} s" for part, n, s in parts))
+
+    def enter_thread(self) -> None:
+        """Prepares the thread that will run the steps: PyTorch's settings are each thread's own."""
+        torch.set_num_threads(self.num_threads)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.attentions[0].k_cache.device)
 
     @torch.inference_mode()
     def run(self, seqs: list[Sequence], is_prefill: bool) -> list[int]:
@@ -106,10 +113,10 @@ class ModelRunner:
             return self.model.compute_logits(hidden_states)
 
     @torch.inference_mode()
-    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """Copies whole blocks of the cache, `(from, to)`, in order."""
+    def copy_blocks(self, copies: list[tuple[int, int, int]]) -> None:
+        """Copies blocks of the cache, `(from, to, filled slots)`, in order."""
         for layer in self.attentions:
-            for source, target in copies:
+            for source, target, _ in copies:
                 layer.k_cache[target] = layer.k_cache[source]
                 layer.v_cache[target] = layer.v_cache[source]
 

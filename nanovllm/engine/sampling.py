@@ -30,7 +30,10 @@ def sample_with_options(
     edited = logits.to(torch.float32, copy=True)
     for row, seq in complete:
         if seq.params.edits_logits:
-            edited[row] = _edit(edited[row], seq)
+            try:
+                edited[row] = _edit(edited[row], seq)
+            except Exception as error:  # of a callable: no other sequence is concerned
+                seq.error = error
     filtered = [(row, seq.params) for row, seq in complete if seq.params.filters]
     if filtered:
         rows = [row for row, _ in filtered]
@@ -49,7 +52,7 @@ def sample_with_options(
 def _edit(row: Tensor, seq: Sequence) -> Tensor:
     token_ids = np.array(seq.token_ids)
     prompt_ids, output_ids = np.split(token_ids, [seq.num_prompt_tokens])
-    edited = edit_logits(row.clone(), seq.params, prompt_ids, output_ids, seq.stop_token_ids, seq.bad_words_ids)
+    edited = edit_logits(row.clone(), seq.params, prompt_ids, output_ids, seq.end_token_ids, seq.bad_words_ids)
     if edited.max() == -torch.inf:
         warnings.warn("the sampling parameters forbid every token; this token ignores them", stacklevel=2)
         return row

@@ -20,20 +20,24 @@ class Scheduler:
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.sequences: dict[int, Sequence] = {}  # all that are not finished, by seq_id, in the order of arrival
+        self.waiting: deque[Sequence] = deque()  # also some that have finished meanwhile: see `_head`
         self.running: list[Sequence] = []
-        self.held: list[Sequence] = []  # finished, but keeping their blocks for others to fork from
+        self.held: dict[int, Sequence] = {}  # finished, but keeping their blocks for others to fork from
         self.finished: list[Sequence] = []  # since the owner last took them away
         self.num_preemptions = 0
         # The share of `max_tokens` that finished requests used: how long the running ones are expected to go on.
         self.output_ratio = 1.0
         self._admission_failed = False  # nothing was released since the head of `waiting` did not fit
         self._forked: list[Sequence] = []  # running ones that may share the block which they write to next
+        self._load: list[tuple[int, int, float]] = []  # during a prefill, of each running sequence: see `_load_of`
+        self._growth = 0.0  # blocks that all of them together will take beside those they hold, if none ended before
 
     def is_finished(self) -> bool:
-        return not self.waiting and not self.running
+        return not self.sequences
 
     def add(self, seq: Sequence) -> None:
+        self.sequences[seq.seq_id] = seq
         self.waiting.append(seq)
 
     def schedule(self) -> tuple[list[Sequence], bool]:
@@ -42,9 +46,9 @@ class Scheduler:
         Also says whether the step is a prefill. No sequences: nothing is left to run, which also happens when the last
         one has outgrown the cache (see `finished`).
         """
-        seqs = self._schedule_prefill() if self.waiting and not self._admission_failed else []
-        while self.waiting and self.held and not seqs and not self.running:  # those that keep blocks are in the way
-            self.drop_held(self.held[-1:])
+        seqs = [] if self._admission_failed else self._schedule_prefill()
+        while self.held and not seqs and not self.running and self._head():  # those that keep blocks are in the way
+            self.drop_held([next(reversed(self.held.values()))])
             seqs = self._schedule_prefill()
         if seqs:
             return seqs, True
@@ -61,35 +65,39 @@ class Scheduler:
                 self.block_manager.publish(seq, num_new)
             if num_computed < len(seq.token_ids):
                 continue
-            seq.token_ids.append(token_id)
-            if token_id in seq.stop_token_ids:
-                seq.stop_reason = token_id if token_id in seq.params.stop_token_ids else None
-                self._finish(seq, "stop")
-                any_finished = True
-            elif num_computed + 1 >= seq.max_len:
-                self._finish(seq, "length")
-                any_finished = True
+            if seq.error is None:
+                seq.token_ids.append(token_id)
+            any_finished |= self._finish_if_complete(seq)
         if any_finished:
             self.running = [seq for seq in self.running if seq.status is SequenceStatus.RUNNING]
 
-    def requeue(self, seqs: list[Sequence]) -> None:
-        """Takes back a `schedule` whose step failed: `seqs` wait again and keep their tokens, not their blocks."""
-        for seq in reversed(seqs):
-            (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
-            self._release(seq)
-            # Behind a prompt of which some chunks are computed, which stays the head.
-            self.waiting.insert(1 if self.waiting and self.waiting[0].block_table else 0, seq)
+    def recover(self) -> None:
+        """Restores order after an exception at any point: all that are unfinished wait again.
 
-    def abort(self, seq_ids: set[int], reason: str = "abort") -> None:
-        """Ends unfinished sequences where they are; they appear in `finished`."""
-        for seq in [*self.waiting, *self.running]:
-            if seq.seq_id in seq_ids:
-                self._finish(seq, reason)
-        self.waiting = deque(seq for seq in self.waiting if seq.status is SequenceStatus.WAITING)
-        self.running = [seq for seq in self.running if seq.status is SequenceStatus.RUNNING]
+        They keep their tokens, give their blocks back, and find most of what these hold in the prefix cache.
+        """
+        self.block_manager.reset()
+        self.waiting, self.running, self._forked, self._admission_failed = deque(), [], [], False
+        for seq in [*self.held.values(), *self.sequences.values()]:
+            seq.block_table, seq.num_computed_tokens, seq.num_scheduled_tokens = [], 0, 0
+        self.held = {}
+        for seq in self.finished:
+            self.sequences.pop(seq.seq_id, None)
+        for seq in list(self.sequences.values()):
+            seq.status, seq.finish_reason = SequenceStatus.WAITING, None
+            if not self._finish_if_complete(seq):  # a step may have ended between its last token and its end
+                self.waiting.append(seq)
+
+    def finish(self, seq: Sequence, reason: str, stop_reason: str | None = None) -> None:
+        """Ends an unfinished sequence where it is; it appears in `finished`."""
+        is_running = seq.status is SequenceStatus.RUNNING
+        self._finish(seq, reason, stop_reason)
+        if is_running:
+            self.running.remove(seq)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Adds `child`, which is what `parent` has in the cache and one token more, without recomputing it."""
+        self.sequences[child.seq_id] = child
         if parent.block_table and len(self.running) < self.max_num_seqs:
             shared = parent.num_computed_tokens
             self.block_manager.attach(child, self.block_manager.blocks_of(parent, shared), shared)
@@ -103,27 +111,33 @@ class Scheduler:
     def drop_held(self, seqs: list[Sequence]) -> None:
         """Frees the blocks of finished sequences that kept them."""
         for seq in seqs:
-            if seq in self.held:
-                self.held.remove(seq)
+            if self.held.pop(seq.seq_id, None):
                 self._release(seq)
                 seq.status = SequenceStatus.FINISHED
 
     # ---- prefill
+
+    def _head(self) -> Sequence | None:
+        """The first that waits. Those that were ended while they waited are only now taken off."""
+        while self.waiting and self.waiting[0].status is SequenceStatus.FINISHED:
+            self.waiting.popleft()
+        return self.waiting[0] if self.waiting else None
 
     def _schedule_prefill(self) -> list[Sequence]:
         manager, block_size = self.block_manager, self.block_manager.block_size
         budget = self.max_num_batched_tokens
         seqs: list[Sequence] = []
         deferred: list[Sequence] = []
-        computing: set[int] = set()  # hashes of the blocks that this step will fill
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
+        computing: set[int] = set()  # hashes of the blocks that this step will fill, or a later chunk
+        self._load = [self._load_of(seq) for seq in self.running] if self.waiting else []
+        self._growth = sum(map(self._growth_of, self._load))
+        while budget > 0 and len(self.running) < self.max_num_seqs > len(deferred) and (seq := self._head()):
             if manager.num_blocks_for(len(seq)) > len(manager.blocks):  # outgrew the cache, then was preempted
                 self._finish(self.waiting.popleft(), "length")
                 continue
             if not seq.block_table:
                 hits = manager.match(seq)
-                if self._waits_for_others(seq, hits, seqs, computing):
+                if self._should_wait(seq, len(hits), seqs, computing):
                     deferred.append(self.waiting.popleft())
                     continue
                 if not self._attach_prefix(seq, hits):
@@ -137,23 +151,32 @@ class Scheduler:
             seq.num_scheduled_tokens = num_tokens
             budget -= num_tokens
             seqs.append(seq)
-            end = seq.num_computed_tokens + num_tokens
-            computing.update(manager.hashes(seq)[seq.num_computed_tokens // block_size : end // block_size])
-            if end < len(seq):
+            computing.update(manager.hashes(seq)[seq.num_computed_tokens // block_size :])
+            if seq.num_computed_tokens + num_tokens < len(seq):
                 break  # a chunk: the budget is spent, and it stays at the head
             self.waiting.popleft()
             seq.status = SequenceStatus.RUNNING
             self.running.append(seq)
+            self._load.append(self._load_of(seq))
+            self._growth += self._growth_of(self._load[-1])
         chunked = [self.waiting.popleft()] if self.waiting and self.waiting[0].block_table else []
         self.waiting.extendleft(reversed(chunked + deferred))
         return seqs
 
-    def _waits_for_others(self, seq: Sequence, hits: list[Block], seqs: list[Sequence], computing: set[int]) -> bool:
-        """Whether what `seq` needs next is somebody else's work in this very step: one step later it is a hit."""
+    def _should_wait(self, seq: Sequence, num_hits: int, seqs: list[Sequence], computing: set[int]) -> bool:
+        """Whether half or more of what `seq` needs is others' work in this very step, and a step later in the cache.
+
+        For less it does not wait: many prompts, each a little longer than the last, would come one by one.
+        """
         if seq.source is not None and seq.source in seqs:
             return True
-        reusable = self.block_manager.hashes(seq)[: (len(seq) - 1) // self.block_manager.block_size]
-        return not seq.lacks_prompt_logprobs and len(hits) < len(reusable) and reusable[len(hits)] in computing
+        if seq.lacks_prompt_logprobs or not computing:
+            return False
+        block_size, num_shared = self.block_manager.block_size, num_hits
+        reusable = self.block_manager.hashes(seq)[: (len(seq) - 1) // block_size]
+        while num_shared < len(reusable) and reusable[num_shared] in computing:
+            num_shared += 1
+        return len(seq) - num_hits * block_size <= 2 * (num_shared - num_hits) * block_size
 
     def _attach_prefix(self, seq: Sequence, hits: list[Block]) -> bool:
         """Gives `seq` what is computed of it already, if the cache will hold the rest of it too."""
@@ -177,18 +200,27 @@ class Scheduler:
         if not self.running:
             return True  # alone it goes as far as it can
         manager = self.block_manager
-        seqs = [*self.running, seq]
-        held = np.array([len(s.block_table) for s in self.running] + [len(hits)])
-        num_tokens = np.array([len(s) for s in seqs])
-        remaining = np.maximum((np.array([s.max_len for s in seqs]) - num_tokens) * self.output_ratio, 1)
-        order = np.argsort(remaining)
-        held, num_tokens, remaining = held[order], num_tokens[order], remaining[order]
-        num_left = np.arange(len(seqs), 0, -1)
-        tokens_left = num_tokens[::-1].cumsum()[::-1] + num_left * remaining  # of the i-th and all that outlive it
-        blocks_left = tokens_left / manager.block_size + 0.5 * num_left  # the last block is half full on average
         blocks_now = manager.num_blocks_for(len(seq)) - len(hits)
         available = manager.num_free_blocks - sum(block.ref_count == 0 for block in hits)
-        return blocks_now <= available and (blocks_left - held.sum()).max() <= available
+        new = self._load_of(seq, len(hits))
+        if blocks_now > available or self._growth + self._growth_of(new) <= available:
+            return blocks_now <= available  # plainly, without a look at each
+        held, num_tokens, remaining = np.array([*self._load, new]).T
+        order = np.argsort(remaining)
+        num_tokens, remaining = num_tokens[order], remaining[order]
+        num_left = np.arange(len(order), 0, -1)
+        tokens_left = num_tokens[::-1].cumsum()[::-1] + num_left * remaining  # of the i-th and all that outlive it
+        blocks_left = tokens_left / manager.block_size + 0.5 * num_left  # the last block is half full on average
+        return (blocks_left - held.sum()).max() <= available
+
+    def _load_of(self, seq: Sequence, num_held: int | None = None) -> tuple[int, int, float]:
+        """Blocks held, tokens, and tokens expected to come."""
+        num_held = len(seq.block_table) if num_held is None else num_held
+        return num_held, len(seq), max((seq.max_len - len(seq)) * self.output_ratio, 1)
+
+    def _growth_of(self, load: tuple[int, int, float]) -> float:
+        num_held, num_tokens, remaining = load
+        return (num_tokens + remaining) / self.block_manager.block_size + 0.5 - num_held
 
     # ---- decode
 
@@ -207,10 +239,10 @@ class Scheduler:
 
     def _preempt_newest(self) -> None:
         """Makes room. A request that cannot go on even alone ends with what it has."""
-        if self.waiting and self.waiting[0].block_table:
-            self._release(self.waiting[0])
+        if (head := self._head()) and head.block_table:
+            self._release(head)
         elif self.held:
-            self.drop_held(self.held[-1:])
+            self.drop_held([next(reversed(self.held.values()))])
         elif len(self.running) == 1:
             self._finish(self.running.pop(), "length")
         else:
@@ -225,14 +257,27 @@ class Scheduler:
         seq.num_scheduled_tokens = 0
         self._admission_failed = False
 
-    def _finish(self, seq: Sequence, reason: str) -> None:
+    def _finish_if_complete(self, seq: Sequence) -> bool:
+        """Ends `seq` if it has failed, or its newest token ends it."""
+        token_id = seq.token_ids[-1]
+        if seq.error is not None:
+            self._finish(seq, "error")
+        elif seq.num_completion_tokens and token_id in seq.end_token_ids:
+            self._finish(seq, "stop", token_id if token_id in seq.params.stop_token_ids else None)
+        elif len(seq) >= seq.max_len:
+            self._finish(seq, "length")
+        return seq.status is SequenceStatus.FINISHED
+
+    def _finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         if seq.keeps_blocks and seq.block_table and reason != "abort":
-            self.held.append(seq)
+            self.held[seq.seq_id] = seq
         else:
             self._release(seq)
         if reason != "abort" and not seq.keeps_blocks:
             used = seq.num_completion_tokens / (seq.max_len - seq.num_prompt_tokens)
             self.output_ratio += 0.1 * (used - self.output_ratio)
-        seq.status = SequenceStatus.FINISHED
-        seq.finish_reason = reason
+        seq.status, seq.finish_reason, seq.stop_reason = SequenceStatus.FINISHED, reason, stop_reason
         self.finished.append(seq)
+        del self.sequences[seq.seq_id]
+        if not self.sequences:
+            self.waiting.clear()

@@ -1,16 +1,33 @@
 """One request as the scheduler sees it: its tokens, its blocks, how far it has come. Knows nothing of tensors."""
 
+from __future__ import annotations
+
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.detokenizer import TextStream
 
 
 class SequenceStatus(Enum):
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
+
+
+class Watcher(Protocol):
+    """Whom the engine's thread tells of a sequence; `news` is where the caller of all this waits."""
+
+    news: object
+    follows: bool  # whether each token is of interest, or only the end
+
+    def on_token(self, seq: Sequence) -> None: ...
+
+    def on_end(self, seq: Sequence) -> None: ...
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -28,14 +45,16 @@ class Sequence:
     eos_token_ids: frozenset[int] = frozenset()  # which end the completion unless `ignore_eos`
     max_len: int = 2**31 - 1  # most tokens, prompt included, that the sequence may grow to
     rng_key: int = 0  # 64 bits that name the request's own random stream
-    source: "Sequence | None" = None  # of the same prompt, whose blocks this one may share once they are computed
+    source: Sequence | None = None  # of the same prompt, whose blocks this one may share once they are computed
     bad_words_ids: list[list[int]] = field(default_factory=list)
-    is_owned: bool = False  # by a call that watches it; else `step` reports its end
+    watcher: Watcher | None = None
     keeps_blocks: bool = False  # when it finishes, for others to fork from
 
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: Exception | None = None  # what this sequence alone failed of
+    text: TextStream | None = None  # where the text must be known as it grows
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[int] = field(default_factory=list)  # of its full blocks, as far as they were needed
     num_computed_tokens: int = 0
@@ -46,19 +65,19 @@ class Sequence:
 
     num_prompt_tokens: int = field(init=False)
     temperature: float = field(init=False)
-    stop_token_ids: frozenset[int] = field(init=False)
+    end_token_ids: frozenset[int] = field(init=False)  # that end the completion, of whatever kind
     has_options: bool = field(init=False)  # beside a temperature
 
     def __post_init__(self) -> None:
         params = self.params
-        self.token_ids = array("i", self.token_ids)
+        self.token_ids = array("i", self.token_ids)  # of an array: one copy of its memory
         self.num_prompt_tokens = len(self.token_ids)
         if params.max_tokens is not None:
             self.max_len = min(self.num_prompt_tokens + params.max_tokens, self.max_len)
         self.temperature = float(params.temperature)
-        self.stop_token_ids = frozenset(params.stop_token_ids)
+        self.end_token_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
-            self.stop_token_ids |= self.eos_token_ids
+            self.end_token_ids |= self.eos_token_ids
         self.has_options = params.edits_logits or params.filters or params.logprobs is not None
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 Legend: T tokens in the step, S sequences, B block-table columns.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,19 +25,18 @@ class Context:
     block_tables: Tensor | None = None  # [S, B] int32, None for a prefill in which none has a cached prefix
 
 
-_context = Context()
+_local = threading.local()  # engines in several threads do not see each other's
 
 
 def get_context() -> Context:
-    return _context
+    return getattr(_local, "context", None) or Context()
 
 
 @contextmanager
 def use_context(context: Context) -> Iterator[None]:
-    """Makes it what `get_context` returns within the block."""
-    global _context
-    _context = context
+    """Makes it what `get_context` returns within the block, in this thread."""
+    _local.context = context
     try:
         yield
     finally:
-        _context = Context()
+        _local.context = None

@@ -43,7 +43,7 @@ def test_decoded_batches_equal_those_that_were_built(seed):
             scheduler.add(Sequence(seq_id, prompt, params, max_len=BLOCK * MAX_BLOCKS))
             seq_id += 1
         if rng.random() < 0.02 and scheduler.running:
-            scheduler.abort({rng.choice(scheduler.running).seq_id})
+            scheduler.finish(rng.choice(scheduler.running), "abort")
         seqs, is_prefill = scheduler.schedule()
         if not seqs:
             continue
@@ -54,7 +54,7 @@ def test_decoded_batches_equal_those_that_were_built(seed):
         assert arrived.temperatures is arrived.uniforms is None and not arrived.rows_with_options
         num_prefills, num_decodes = num_prefills + is_prefill, num_decodes + (not is_prefill)
         if rng.random() < 0.03:
-            scheduler.requeue(seqs)
+            scheduler.recover()
         else:
             scheduler.postprocess(seqs, [rng.randrange(2) for _ in seqs])
     assert num_prefills > 20 and num_decodes > 20

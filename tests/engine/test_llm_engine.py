@@ -113,8 +113,8 @@ def test_step_reports_tokens_and_finished_requests(llm):
         outputs += finished
         counts.append(num_tokens)
     assert counts == [17, -2, -2]
-    assert sorted(seq_id for seq_id, _ in outputs) == ids
-    assert all(len(token_ids) == 3 for _, token_ids in outputs)
+    assert sorted(output["request_id"] for output in outputs) == ids
+    assert all(len(output["token_ids"]) == 3 and output["finish_reason"] == "length" for output in outputs)
     assert llm.step() == ([], 0)
 
 
@@ -126,7 +126,7 @@ def test_a_generate_in_between_loses_no_request(llm):
     results = []
     while not llm.is_finished():
         results += llm.step()[0]
-    assert results == [(seq_id, expected)]
+    assert [(output["request_id"], output["token_ids"]) for output in results] == [(seq_id, expected)]
 
 
 # ---- refusals
@@ -219,7 +219,7 @@ def test_an_error_in_a_step_leaves_the_engine_usable(llm, error, after, monkeypa
     results = []
     while not llm.is_finished():
         results += llm.step()[0]
-    assert results == [(seq_id, expected[0]["token_ids"])]
+    assert [(o["request_id"], o["token_ids"]) for o in results] == [(seq_id, expected[0]["token_ids"])]
     assert llm.block_manager.num_free_blocks == 30
     assert [o["token_ids"] for o in generate(llm, prompts)] == [o["token_ids"] for o in expected]
 

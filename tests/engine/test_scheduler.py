@@ -1,5 +1,6 @@
 """The scheduler and the block manager against a plain model of the cache, over random histories."""
 
+import sys
 from collections import Counter, deque
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from nanovllm.engine import block_manager as block_manager_module
+from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.batch import BatchBuilder
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
@@ -72,8 +74,8 @@ class Engine:
 
     def copy_blocks(self) -> None:
         size = self.manager.block_size
-        for source, target in self.manager.copies:
-            for offset in range(size):
+        for source, target, num_filled in self.manager.copies:
+            for offset in range(num_filled):
                 self.slots[target * size + offset] = self.slots.get(source * size + offset, ())
         self.manager.copies.clear()
 
@@ -89,7 +91,7 @@ class Engine:
         batch = self.builder.prefill(seqs) if is_prefill else self.builder.decode(seqs)
         self.check_schedule(seqs, is_prefill)
         if fail:
-            self.scheduler.requeue(seqs)
+            self.scheduler.recover()
             self.check_invariants()
             return
         self.copy_blocks()
@@ -128,7 +130,9 @@ class Engine:
 
     def check_invariants(self) -> None:
         manager, scheduler = self.manager, self.scheduler
-        live = [*scheduler.waiting, *scheduler.running, *scheduler.held]
+        waiting = [seq for seq in scheduler.waiting if seq.status is not SequenceStatus.FINISHED]
+        assert Counter(seq.seq_id for seq in [*waiting, *scheduler.running]) == Counter(list(scheduler.sequences))
+        live = [*waiting, *scheduler.running, *scheduler.held.values()]
         held = Counter(block_id for seq in live for block_id in seq.block_table)
         for block in manager.blocks:
             assert block.ref_count == held[block.block_id]
@@ -137,7 +141,7 @@ class Engine:
             assert block.hash == block_hash
         for seq in live:
             assert len(seq.block_table) == manager.num_blocks_for(seq.num_computed_tokens)
-        assert all(not seq.block_table for seq in list(scheduler.waiting)[1:])
+        assert all(not seq.block_table for seq in waiting[1:])
         assert all(seq.num_computed_tokens == len(seq) - 1 for seq in scheduler.running)
 
     def collect(self) -> None:
@@ -203,7 +207,7 @@ class History(RuleBasedStateMachine):
     def abort(self, data):
         seq_id = data.draw(st.sampled_from(sorted(self.engine.requests)))
         seq, _ = self.engine.requests.pop(seq_id)
-        self.engine.scheduler.abort({seq_id})
+        self.engine.scheduler.finish(seq, "abort")
         assert seq.status is SequenceStatus.FINISHED and seq in self.engine.scheduler.finished
         self.engine.scheduler.drop_held([seq])
         self.engine.check_invariants()
@@ -307,3 +311,81 @@ def test_a_sequence_that_outgrows_the_cache_ends_alone_with_what_it_has():
     assert len(seq) == 3 * 4 + 1  # the last token was sampled and needs no slot
     assert len(other) == 2 + 4
     assert engine.manager.num_free_blocks == 3
+
+
+def raising_at(line_number: int, files: set[str]):
+    """A trace function that raises MemoryError at the n-th line executed in `files`."""
+    num_lines = 0
+
+    def trace(frame, event, arg):
+        nonlocal num_lines
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            num_lines += 1
+            if num_lines == line_number:
+                raise MemoryError
+        return trace
+
+    return trace
+
+
+def run_failing_once(line_number: int) -> bool:
+    """Chunks, hits, forks, completions of one prompt, preemptions, ends; says whether a step came to that line."""
+    engine = Engine(9, 3, 4, budget=7)
+    engine.scheduler.output_ratio = 0.0
+    for prompt in ([1, 2, 1, 1, 2, 2, 1], [1, 2, 1, 1, 2], [2, 2]):
+        engine.add(prompt, 14, copies=2)
+    engine.add([1, 1, 2, 1], 1, is_beam=True)
+    trace = raising_at(line_number, {scheduler_module.__file__, block_manager_module.__file__})
+    previous, has_raised = sys.gettrace(), False
+    while not engine.scheduler.is_finished():
+        sys.settrace(trace)
+        try:
+            engine.step()
+        except MemoryError:
+            has_raised = True
+            sys.settrace(previous)
+            engine.scheduler.recover()
+            engine.check_invariants()
+        finally:
+            sys.settrace(previous)
+        engine.collect()
+    assert not engine.requests and engine.manager.num_free_blocks == 9
+    return has_raised
+
+
+def test_an_exception_at_any_line_of_a_step_loses_nothing():
+    line_number = 1
+    while run_failing_once(line_number):  # of some thousand lines
+        line_number += 31
+    assert line_number > 2000
+
+
+def test_many_prompts_each_a_block_longer_than_the_last_take_few_steps():
+    prompts = [[1] * length for length in range(2, 59)]
+    prefills = run(Engine(3000, 1, 100, budget=100_000), prompts, max_tokens=1)
+    assert len(prefills) <= 7
+    assert sum(n for step in prefills for _, n in step) < 4 * 58  # and not the sum of the lengths
+
+
+def test_a_short_prefix_in_common_is_not_waited_for():
+    assert len(run(Engine(400, 4, 20, budget=10_000), [[1] * 8 + [i] * 30 for i in range(2, 12)], max_tokens=1)) == 1
+
+
+def test_ending_a_sequence_does_not_look_at_those_that_wait():
+    class Queue(deque):
+        def __iter__(self):
+            raise AssertionError("looked at all")
+
+        remove = __contains__ = __iter__
+
+    scheduler = Engine(40, 4, 8, budget=100).scheduler
+    scheduler.waiting = Queue()
+    seqs = [Sequence(i, [i, 1], SamplingParams(max_tokens=1)) for i in range(100)]
+    for seq in seqs:
+        scheduler.add(seq)
+    for seq in seqs[::2]:
+        scheduler.finish(seq, "abort")
+    scheduled, _ = scheduler.schedule()
+    assert scheduled == seqs[1:16:2]

@@ -128,7 +128,7 @@ def test_a_step_of_16384_tokens_and_512_sequences_passes(llm, single, sizes):
     results = {}
     while not llm.is_finished():
         finished, count = llm.step()
-        results |= finished
+        results |= {output["request_id"]: output["token_ids"] for output in finished}
         counts.append(count)
     assert counts == [16384, -512, -512]
     assert sizes["prefill"][0] > 2 * workers.CAPACITY  # it went in parts
