@@ -373,7 +373,7 @@ def test_chat_takes_one_conversation_or_many_and_template_arguments(demo):
         demo.chat([["hello"]], params)
     with pytest.raises(TypeError, match="conversations"):
         demo.chat(["hello"], params)
-    with pytest.raises(TypeError, match="pass \\[{'role'"):
+    with pytest.raises(TypeError, match=r"pass \[{'role'"):
         demo.chat(one[0], params)
     with pytest.raises(TypeError, match=r"pass SamplingParams\(temperature="):
         demo.chat(one, temperature=0, max_tokens=3)

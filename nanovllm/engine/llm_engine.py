@@ -1,16 +1,13 @@
 """Requests in, outputs out: owns the tokenizer, the scheduler and the model runner. Knows nothing of tensors."""
 
-import difflib
-import warnings
 import weakref
 from collections.abc import Iterator
-from dataclasses import fields
 from time import perf_counter
 
 from tqdm import tqdm
 from xxhash import xxh64_intdigest
 
-from nanovllm.config import Config
+from nanovllm.config import Config, known_fields
 from nanovllm.engine import inputs
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import TextStream, completion_text
@@ -38,7 +35,7 @@ class LLMEngine:
     """
 
     def __init__(self, model: str, **kwargs):
-        config = Config(model, **_known_fields(kwargs))
+        config = Config(model, **known_fields(kwargs))
         self.config = config
         self.tokenizer = inputs.load_tokenizer(config)
         if config.eos is None and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
@@ -295,11 +292,3 @@ def _close(state: dict) -> None:
         state["model_runner"].close()
     for name in ("model_runner", "scheduler", "block_manager"):
         state.pop(name, None)
-
-
-def _known_fields(kwargs: dict) -> dict:
-    known = [f.name for f in fields(Config) if f.init and f.name != "model"]
-    for name in kwargs.keys() - set(known):
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        warnings.warn(f"LLM ignores the unknown setting {name!r}; the nearest is {nearest[0]!r}", stacklevel=3)
-    return {name: value for name, value in kwargs.items() if name in known}
