@@ -87,7 +87,7 @@ def test_a_setting_of_vllm_says_what_it_is_here(name, advice):
         assert config.known_fields({name: True}) == {}
 
 
-def test_what_vllm_calls_by_the_same_name_is_no_exception():
+def test_no_setting_of_ours_is_taken_for_one_of_vllms():
     assert not config.VLLM_SETTINGS.keys() & config.Config.__slots__
 
 

@@ -56,7 +56,7 @@ def render_chats(
 
 def _check_keywords(keywords: dict[str, object], template: str) -> None:
     variables = template_variables(template)
-    for name in keywords.keys() - variables - set(FOR_ANY_TEMPLATE):
+    for name in [name for name in keywords if name not in variables and name not in FOR_ANY_TEMPLATE]:
         if name in {field.name for field in fields(SamplingParams)}:
             raise TypeError(f"chat has no argument {name!r}; pass SamplingParams({name}=...)")
         nearest = nearest_name(name, [*ARGUMENTS, *FOR_ANY_TEMPLATE, *sorted(variables)])

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.engine.sequence import Sequence
 
 REPLACEMENT = "\ufffd"  # of bytes that are no character, or not yet
-PATIENCE = 64
+PATIENCE = 64  # see `TextStream`
 
 
 def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -28,9 +28,9 @@ class TextStream:
     Stop strings are found in all the text that there is; `take_delta` gives what is certain, without what could still
     become a stop string.
 
-    Only tokens since the last certain text are decoded, after one or a few that give them their context, so a token's
-    cost does not grow with the completion. While n tokens stay uncertain they are decoded again after n / `PATIENCE`
-    more, which bounds the cost by `PATIENCE` decoded tokens a token.
+    Only tokens since the last certain text are decoded, after one or a few that give them their context: a token costs
+    the decoding of about six. While n tokens stay uncertain they are decoded again after n / `PATIENCE` more, which
+    bounds the cost by about 2 `PATIENCE` tokens, however long the completion. Works with slow tokenizers too.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seq: Sequence):
@@ -93,9 +93,9 @@ class TextStream:
             self.text = whole[: len(self.text) - num_old + end - num_cut]
 
     def _is_certain(self, token_ids: list[int], text: str) -> bool:
-        if text.endswith(REPLACEMENT) or self._invalid_byte is None:
-            return not text.endswith(REPLACEMENT)
-        return self._decode([*token_ids, self._invalid_byte]).startswith(text)
+        if text.endswith(REPLACEMENT):
+            return False
+        return self._invalid_byte is None or self._decode([*token_ids, self._invalid_byte]).startswith(text)
 
     def _keep_context(self) -> None:
         """The fewest last tokens with any text: decoders that strip the start of a text have then done so."""
