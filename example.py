@@ -4,7 +4,7 @@ python example.py                   the demo model that comes with the repositor
 python example.py Qwen/Qwen3-0.6B   a model of the Hugging Face hub, or the path of a checkpoint directory
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from nanovllm import LLM, SamplingParams
@@ -13,8 +13,9 @@ DEMO_MODEL = Path(__file__).parent / "assets" / "nano-qwen3"
 
 
 def main() -> None:
-    model = sys.argv[1] if len(sys.argv) > 1 else str(DEMO_MODEL)
-    llm = LLM(model)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=str(DEMO_MODEL))
+    llm = LLM(parser.parse_args().model)
     sampling_params = SamplingParams(temperature=0.6, max_tokens=256)
     prompts = ["introduce yourself", "list all prime numbers within 100"]
     chats = [

@@ -2,8 +2,9 @@
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -14,11 +15,33 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from nanovllm.layers.attention import BACKENDS
 from nanovllm.layers.rotary_embedding import rope_settings
 from nanovllm.models import MODELS
-from nanovllm.utils.checks import check_bool, check_choice, check_float, check_int
+from nanovllm.utils.checks import check_bool, check_choice, check_float, check_int, nearest_name
 from nanovllm.utils.device import default_batched_tokens, resolve_device, suitable_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+GGUF_ADVICE = "GGUF is llama.cpp's format: pass the Hugging Face checkpoint (safetensors) that it was made from"
+# What vLLM's settings are here.
+VLLM_SETTINGS = {
+    "block_size": "use kvcache_block_size",
+    "num_gpu_blocks_override": "use num_kvcache_blocks",
+    "enable_prefix_caching": "prefixes are always cached, at no cost where none is shared",
+    "enable_chunked_prefill": "a prompt longer than max_num_batched_tokens is always computed in chunks",
+    "tokenizer": "the tokenizer is the checkpoint's",
+    "tokenizer_mode": "the tokenizer is the checkpoint's",
+    "trust_remote_code": "a checkpoint's own code is never run",
+    "revision": "download the revision and pass its directory as model",
+    "download_dir": "the environment variable HF_HOME says where downloads go",
+    "swap_space": "preempted requests are computed again, nothing is swapped",
+    "cpu_offload_gb": "weights are not offloaded",
+    "kv_cache_dtype": "the cache has the model's dtype",
+    "max_seq_len_to_capture": "CUDA graphs are of decode steps, whatever the lengths; enforce_eager=True makes none",
+    "max_logprobs": "logprobs have no limit",
+    "disable_log_stats": "nothing is logged but to the logger 'nanovllm'",
+    "distributed_executor_backend": "tensor_parallel_size starts processes on this machine",
+    "pipeline_parallel_size": "use tensor_parallel_size",
+    "data_parallel_size": "use tensor_parallel_size, or an LLM in each of several processes",
+}
 
 
 @dataclass(slots=True)
@@ -92,21 +115,42 @@ class Config:
         return [] if eos is None else eos
 
 
+def known_fields(settings: dict[str, object]) -> dict[str, object]:
+    """Those that are fields of `Config`; a `UserWarning` of each other one, for who called the engine's constructor."""
+    known = [f.name for f in fields(Config) if f.init and f.name != "model"]
+    for name in settings:
+        if name not in known:
+            nearest = nearest_name(name, known)
+            advice = VLLM_SETTINGS.get(name) or (f"the nearest is {nearest!r}" if nearest else "")
+            message = f"LLM ignores the unknown setting {name!r}"
+            warnings.warn(f"{message}; {advice}" if advice else message, stacklevel=3)
+    return {name: value for name, value in settings.items() if name in known}
+
+
 def resolve_model(model: str) -> Path:
     """The directory of a checkpoint: `model` itself, or the hub's `owner/name` in huggingface_hub's cache.
 
     ValueError if it is neither, or not in the cache while the hub cannot be reached.
     """
-    path = Path(model).expanduser()
+    path, name = Path(model).expanduser(), f"model={str(model)!r}"
     if path.is_dir():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        raise ValueError(f"model={str(model)!r} is neither a directory nor an 'owner/name' id of the Hugging Face hub")
+    if path.suffix == ".gguf":
+        raise ValueError(f"{name} is not a checkpoint directory. {GGUF_ADVICE}")
+    if path.is_file():
+        raise ValueError(f"{name} is a file; pass the directory that it is in, {str(path.parent)!r}")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):  # an owner begins with no dot, as relative paths do
+        raise ValueError(f"{name} is neither a directory nor an 'owner/name' id of the Hugging Face hub")
     try:
         return Path(snapshot_download(str(model), allow_patterns=CHECKPOINT_FILES))
     except (OSError, HFValidationError) as error:
+        if path.parent.is_dir():
+            raise ValueError(
+                f"{name} does not exist in the directory {str(path.parent)!r}, and as an id of the Hugging Face hub it "
+                f"could not be fetched: {error}"
+            ) from error
         raise ValueError(
-            f"model={str(model)!r} is not a directory and could not be fetched from the Hugging Face hub. Download it "
+            f"{name} is not a directory and could not be fetched from the Hugging Face hub. Download it "
             f"where there is a network with `hf download {model}` (or `huggingface-cli download {model}`), or pass "
             f"the path of a local copy. The hub said: {error}"
         ) from error
@@ -116,7 +160,8 @@ def read_hf_config(path: Path) -> PretrainedConfig:
     """A checkpoint's configuration; ValueError if it is missing, damaged, not supported, or of a quantised model."""
     file = path / "config.json"
     if not file.is_file():
-        raise ValueError(f"{path} has no config.json, so it is not a Hugging Face checkpoint directory")
+        advice = f". {GGUF_ADVICE}" if any(path.glob("*.gguf")) or "gguf" in str(path).lower() else ""
+        raise ValueError(f"{path} has no config.json, so it is not a Hugging Face checkpoint directory{advice}")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,15 +1,13 @@
 """The facade that users import. Conveniences that need no engine state live here."""
 
 import json
-from collections.abc import Sequence
 
 from nanovllm.engine.beam_search import BeamSearchParams, beam_search
+from nanovllm.engine.chat import Conversations, render_chats
 from nanovllm.engine.inputs import Params, Prompts
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.outputs import BeamOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-
-Message = dict[str, object]
 
 
 class LLM(LLMEngine):
@@ -22,11 +20,12 @@ class LLM(LLMEngine):
 
     def chat(
         self,
-        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        conversations: Conversations,
         sampling_params: Params = None,
         add_generation_prompt: bool = True,
         use_tqdm: bool = True,
-        **template_kwargs: object,
+        chat_template_kwargs: dict[str, object] | None = None,
+        **keywords: object,
     ) -> list[RequestOutput]:
         """Answers conversations through the tokenizer's chat template.
 
@@ -37,31 +36,22 @@ class LLM(LLMEngine):
             conversations: One list of messages (`{"role": ..., "content": ...}`), or a list of such lists.
             sampling_params, use_tqdm: As for `generate`.
             add_generation_prompt: End the prompt with the start of the assistant's turn.
-            **template_kwargs: For the template, such as `tools` or `enable_thinking=False`.
+            chat_template_kwargs: For the template, such as `{"enable_thinking": False}`.
+            **keywords: `tools`, `documents`, or any variable that the template names.
 
         Returns:
             As `generate`; a list of one output for a single conversation.
 
         Raises:
-            TypeError: A conversation is not a list of messages.
+            TypeError: A conversation is not a list of messages; or neither this method nor the template has a use for
+                a keyword.
             ValueError: The model has no chat template, or the template refuses the messages; and see `generate`.
         """
         self._check_open()
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError(f"{self.config.model_path} has no chat template; use generate with a prompt of your own")
-        if conversations and isinstance(conversations[0], dict):
-            conversations = [conversations]
-        prompts = []
-        for i, messages in enumerate(conversations):
-            if not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
-                raise TypeError(f"conversations[{i}] must be a list of messages with a role and a content")
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
-                )
-            except Exception as error:  # whatever the template raises
-                raise ValueError(f"the chat template refuses conversations[{i}]: {error}") from error
-            prompts.append(text)
+        options = add_generation_prompt, chat_template_kwargs, keywords
+        prompts = render_chats(self.tokenizer, conversations, *options)
         # The template has put in every special token that there should be.
         token_ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
         return self.generate(token_ids, sampling_params, use_tqdm)

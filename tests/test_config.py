@@ -67,6 +67,30 @@ def test_unknown_settings_warn_with_the_nearest(path):
     assert caught[0].filename == __file__
 
 
+def test_a_setting_that_is_near_no_other_gets_no_advice():
+    with pytest.warns(UserWarning, match=r"unknown setting 'rope_theta'$"):
+        assert config.known_fields({"rope_theta": 1e4, "seed": 3}) == {"seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("block_size", "use kvcache_block_size"),
+        ("enable_prefix_caching", "always cached"),
+        ("trust_remote_code", "never run"),
+        ("tokenizer", "the checkpoint's"),
+        ("kv_cache_dtype", "the model's dtype"),
+    ],
+)
+def test_a_setting_of_vllm_says_what_it_is_here(name, advice):
+    with pytest.warns(UserWarning, match=f"'{name}'; .*{advice}"):
+        assert config.known_fields({name: True}) == {}
+
+
+def test_no_setting_of_ours_is_taken_for_one_of_vllms():
+    assert not config.VLLM_SETTINGS.keys() & config.Config.__slots__
+
+
 def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", "architectures": ["NewForCausalLM"]}))
     with pytest.raises(ValueError, match=r"NewForCausalLM.*supported are \['Qwen3ForCausalLM'\]"):
@@ -100,9 +124,33 @@ def test_a_hub_id_resolves_to_its_snapshot(monkeypatch, path):
     assert Config("owner/name").model_path == path
 
 
-def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id():
+@pytest.mark.parametrize("model", ["/no/such/model", "./nosuch", "../nosuch", "~/nosuch", "a/b/c", "https://a.b/c/d"])
+def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id(model, monkeypatch):
+    monkeypatch.setattr(config, "snapshot_download", None)
     with pytest.raises(ValueError, match="neither a directory nor"):
-        Config("/no/such/model")
+        Config(model)
+
+
+def test_a_missing_directory_beside_others_is_not_advised_to_be_downloaded(monkeypatch, tmp_path):
+    def offline(*args, **kwargs):
+        raise FileNotFoundError("no network")
+
+    monkeypatch.setattr(config, "snapshot_download", offline)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ValueError, match="does not exist in the directory 'models'") as caught:
+        Config("models/nosuch")
+    assert "hf download" not in str(caught.value)
+
+
+def test_a_file_is_refused_with_what_to_pass(path, tmp_path):
+    with pytest.raises(ValueError, match=r"is a file; pass the directory that it is in, .*model"):
+        Config(str(path / "model.safetensors"))
+    file = tmp_path / "qwen.Q8_0.gguf"
+    file.touch()
+    for model in (file, tmp_path):
+        with pytest.raises(ValueError, match=r"GGUF is llama\.cpp's format: pass the Hugging Face checkpoint"):
+            Config(str(model))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """The demo model does what its card and the example promise, through the engine."""
 
 import json
+import runpy
 import subprocess
 import sys
+
+import pytest
 
 from helpers import DEMO_MODEL, ROOT
 
@@ -18,6 +21,13 @@ def test_the_card_holds_on_held_out_prompts(tmp_path):
     for name in (*families, *examples):
         right, total = rows[name]
         assert right / total >= 0.95, name
+
+
+def test_the_example_explains_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["example.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "example.py"), run_name="__main__")
+    assert "python example.py Qwen/Qwen3-0.6B" in capsys.readouterr().out
 
 
 def test_the_example_answers_without_arguments():

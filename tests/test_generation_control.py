@@ -366,13 +366,17 @@ def test_chat_computes_only_what_is_new_in_each_turn(demo):
 def test_chat_takes_one_conversation_or_many_and_template_arguments(demo):
     one = [{"role": "user", "content": "introduce yourself"}]
     params = SamplingParams(temperature=0, max_tokens=40)
-    single = demo.chat(one, params, use_tqdm=False, enable_thinking=False)
+    single = demo.chat(one, params, use_tqdm=False, chat_template_kwargs={"enable_thinking": False})
     many = demo.chat([one, one], params, use_tqdm=False)
     assert len(single) == 1 and [output["text"] for output in many] == [single[0]["text"]] * 2
     with pytest.raises(TypeError, match="conversations"):
         demo.chat([["hello"]], params)
     with pytest.raises(TypeError, match="conversations"):
         demo.chat(["hello"], params)
+    with pytest.raises(TypeError, match=r"pass \[{'role'"):
+        demo.chat(one[0], params)
+    with pytest.raises(TypeError, match=r"pass SamplingParams\(temperature="):
+        demo.chat(one, temperature=0, max_tokens=3)
 
 
 def test_a_model_without_template_says_so(tmp_path):

@@ -1,9 +1,11 @@
 """From tokens to text: whole completions, or piece by piece with stop strings. Knows nothing of scheduling."""
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.engine.sequence import Sequence
+
+REPLACEMENT = "\ufffd"  # of bytes that are no character, or not yet
+PATIENCE = 64  # see `TextStream`
 
 
 def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -21,52 +23,96 @@ def completion_text(tokenizer: PreTrainedTokenizerBase | None, seq: Sequence) ->
 class TextStream:
     """The text of one completion as it grows, up to the first stop string.
 
-    A character whose bytes are spread over tokens appears when it is complete. What could still become a stop string
-    is held back from `take_delta`. Needs a fast tokenizer.
+    Text is certain once no later token can change it: not while it ends in bytes that may still become a character,
+    nor in a run of byte-fallback tokens (`<0xF0>`), which one wrong byte turns into replacement characters as a whole.
+    Stop strings are found in all the text that there is; `take_delta` gives what is certain, without what could still
+    become a stop string.
+
+    Only tokens since the last certain text are decoded, after one or a few that give them their context: a token costs
+    the decoding of about six. While n tokens stay uncertain they are decoded again after n / `PATIENCE` more, which
+    bounds the cost by about 2 `PATIENCE` tokens, however long the completion. Works with slow tokenizers too.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seq: Sequence):
-        self.text = ""
+        self.text = ""  # that is certain; or up to the stop string, once there is one
         self.stop: str | None = None
         self._seq = seq
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=seq.params.skip_special_tokens)
+        self._invalid_byte = _invalid_byte(tokenizer)
         self._held_back = max(map(len, seq.params.stop), default=1) - 1
-        self._num_fed = 0
+        self._num_certain = 0  # tokens, whose text is in `text`
+        self._start = 0  # of the tokens to decode
+        self._context = ""  # text of those from there that are certain
+        self._next_look = 1  # when there are so many tokens
         self._num_taken = 0
 
     def feed(self) -> str | None:
         """Reads the sequence's new tokens; returns the stop string that they completed, if any."""
-        new = _visible(self._seq, self._num_fed)
-        self._num_fed = self._seq.num_completion_tokens
-        for token_id in new:
-            self._append(self._stream.step(self._tokenizer.backend_tokenizer, token_id) or "")
+        is_due = self._seq.num_completion_tokens >= self._next_look or self._seq.finish_reason
+        if self.stop is None and is_due:
+            self._look()
         return self.stop
 
     def finish(self) -> str:
-        """The whole text, with what the stream still waited for: bytes that never became a character."""
-        if self.stop is None:
-            self._append(completion_text(self._tokenizer, self._seq).removeprefix(self.text))
-        return self.text
+        """The whole text, also of bytes that never became a character."""
+        return completion_text(self._tokenizer, self._seq) if self.stop is None else self.text
 
     def take_delta(self) -> str:
         """The text that is certain and was not taken yet; all of it once the sequence has finished."""
-        start = self._num_taken
-        end = len(self.finish()) if self._seq.finish_reason else len(self.text) - self._held_back
+        start, text = self._num_taken, self.finish() if self._seq.finish_reason else self.text
+        end = len(text) if self._seq.finish_reason else len(text) - self._held_back
         self._num_taken = max(start, end)
-        return self.text[start : self._num_taken]
+        return text[start : self._num_taken]
 
-    def _append(self, piece: str) -> None:
+    def _look(self) -> None:
+        token_ids = _visible(self._seq, self._start)
+        text = self._decode(token_ids)
+        num_tokens = self._start + len(token_ids)
+        new = text.removeprefix(self._context) if text.startswith(self._context) else ""
+        self._seek_stop(new.rstrip(REPLACEMENT))
+        if self.stop is None and new and self._is_certain(token_ids, text):
+            self.text += new
+            self._num_certain = num_tokens
+            self._keep_context()
+        self._next_look = num_tokens + 1 + (num_tokens - self._num_certain) // PATIENCE
+
+    def _seek_stop(self, new: str) -> None:
+        """Cuts the text, with what is new in it, at the match that stops a reader of single characters: the first."""
         params = self._seq.params
-        start = max(0, len(self.text) - self._held_back)
-        self.text += piece
-        if not piece or self._num_fed <= params.min_tokens:
+        if self._seq.num_completion_tokens <= params.min_tokens:
             return
-        # The match that ends first is the one that stops a reader of single characters.
-        found = [(self.text.find(stop, start) + len(stop), stop) for stop in params.stop if stop in self.text[start:]]
+        text = self.text[max(0, len(self.text) - self._held_back) :] + new
+        num_old = len(text) - len(new)
+        # The end of a match is new: what came before was searched, or is exempt by `min_tokens`.
+        starts = [(text.find(stop, max(0, num_old - len(stop) + 1)), stop) for stop in params.stop]
+        found = [(start + len(stop), stop) for start, stop in starts if start >= 0]
         if found:
             end, self.stop = min(found)
-            self.text = self.text[: end if params.include_stop_str_in_output else end - len(self.stop)]
+            num_cut = 0 if params.include_stop_str_in_output else len(self.stop)
+            whole = self.text + new
+            self.text = whole[: len(self.text) - num_old + end - num_cut]
+
+    def _is_certain(self, token_ids: list[int], text: str) -> bool:
+        if text.endswith(REPLACEMENT):
+            return False
+        return self._invalid_byte is None or self._decode([*token_ids, self._invalid_byte]).startswith(text)
+
+    def _keep_context(self) -> None:
+        """The fewest last tokens with any text: decoders that strip the start of a text have then done so."""
+        token_ids, n = _visible(self._seq, self._start), 1
+        while not (context := self._decode(token_ids[-n:])) and n < len(token_ids):
+            n *= 2
+        self._start += max(0, len(token_ids) - n)
+        self._context = context
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return decode(self._tokenizer, token_ids, self._seq.params.skip_special_tokens)
+
+
+def _invalid_byte(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token of a byte that is in no UTF-8 text, if the tokenizer falls back to bytes."""
+    token_id = tokenizer.convert_tokens_to_ids("<0xFF>")
+    return token_id if token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == "<0xFF>" else None
 
 
 def _visible(seq: Sequence, start: int) -> list[int]:

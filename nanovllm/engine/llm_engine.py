@@ -1,20 +1,17 @@
 """Requests in, outputs out: owns the tokenizer, and the loop that runs the steps. Knows nothing of tensors."""
 
-import difflib
 import os
 import sys
 import threading
-import warnings
 import weakref
 from array import array
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import fields
 
 import numpy as np
 from xxhash import xxh64_intdigest
 
-from nanovllm.config import Config
+from nanovllm.config import Config, known_fields
 from nanovllm.engine import inputs
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import TextStream
@@ -46,7 +43,7 @@ class LLMEngine:
     """
 
     def __init__(self, model: str, **kwargs):
-        config = Config(model, **_known_fields(kwargs))
+        config = Config(model, **known_fields(kwargs))
         self.config = config
         self.tokenizer = inputs.load_tokenizer(config)
         if config.eos is None and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
@@ -193,11 +190,9 @@ class LLMEngine:
             until the completion's last piece.
 
         Raises:
-            TypeError, ValueError, GenerationError: See `generate`; also when the model's tokenizer is a slow one.
+            TypeError, ValueError, GenerationError: See `generate`.
         """
         self._check_open()
-        if self.tokenizer is not None and not self.tokenizer.is_fast:
-            raise ValueError("streaming needs a model with a fast tokenizer (a tokenizer.json)")
         prompts = inputs.as_list(prompts)
         params = inputs.as_params(sampling_params, len(prompts), self.config, self.tokenizer)
         slices = (self._encode(prompts[i : i + inputs.SLICE], i) for i in range(0, len(prompts), inputs.SLICE))
@@ -315,11 +310,3 @@ def _close(state: dict, process: int) -> None:
         state["_loop"].end()
     for name in ("model_runner", "scheduler", "block_manager"):
         state.pop(name, None)
-
-
-def _known_fields(kwargs: dict) -> dict:
-    known = [f.name for f in fields(Config) if f.init and f.name != "model"]
-    for name in kwargs.keys() - set(known):
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        warnings.warn(f"LLM ignores the unknown setting {name!r}; the nearest is {nearest[0]!r}", stacklevel=3)
-    return {name: value for name, value in kwargs.items() if name in known}

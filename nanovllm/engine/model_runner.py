@@ -25,6 +25,7 @@ from nanovllm.layers.logits_processor import token_logprobs
 from nanovllm.layers.sampler import sample
 from nanovllm.layers.weight import check_quantization, pack_weights
 from nanovllm.models import MODELS
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, upload
 from nanovllm.utils.loader import load_dummy, load_model
@@ -201,8 +202,10 @@ class ModelRunner:
                 logits = self.forward(batch)
                 if logits is not None:
                     sample(logits)  # compiles its kernels, which it has for each dtype
-                    edited, ones = logits.float(), torch.ones(num_seqs, device=self.device)
-                    token_logprobs(logits, sample(edited, ones, ones.double() / 2).tolist(), 1)
+                    ones, params = torch.ones(num_seqs, device=self.device), SamplingParams(top_p=0.9, logprobs=1)
+                    rows = [(row, Sequence(row, [], params)) for row in range(num_seqs)]
+                    # So flat that top-p has to sort the whole vocabulary.
+                    sample_with_options(logits.zero_(), ones, ones.double() / 2, rows)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"a step of {num_tokens} tokens of {num_seqs} sequences needs more memory than the GPU has left beside "

@@ -1,6 +1,6 @@
 """Sampling for steps in which some sequence asks for more than a temperature. Others never come here.
 
-Legend: S sequences, V vocabulary.
+Legend: S sequences, R rows of them, V vocabulary.
 """
 
 import warnings
@@ -13,6 +13,9 @@ from torch import Tensor
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.logits_processor import edit_logits, filter_logits, token_logprobs
 from nanovllm.layers.sampler import sample
+from nanovllm.sampling_params import SamplingParams
+
+FILTER_LOGITS = 2**23  # filtered at a time, at least one row: less than 0.5 GB of intermediate tensors
 
 
 def sample_with_options(
@@ -35,9 +38,13 @@ def sample_with_options(
             except Exception as error:  # of a callable: no other sequence is concerned
                 seq.error = error
     filtered = [(row, seq.params) for row, seq in complete if seq.params.filters]
+    num_at_once = max(1, FILTER_LOGITS // logits.shape[1])
+    for start in range(0, len(filtered), num_at_once):
+        rows, params = (list(column) for column in zip(*filtered[start : start + num_at_once], strict=True))
+        edited[rows] = _filter(edited[rows], temperatures[rows], params)
     if filtered:
-        rows = [row for row, _ in filtered]
-        edited[rows], temperatures = _filter(edited[rows], temperatures, filtered)
+        rows = torch.tensor([row for row, _ in filtered], device=logits.device)
+        temperatures = temperatures.index_fill(0, rows, 1.0)  # which the filters have applied
     token_ids = sample(edited, temperatures, uniforms).tolist()
     wanted = [(row, seq) for row, seq in complete if seq.params.logprobs is not None]
     for num_top, group in groupby(wanted, key=lambda item: item[1].params.logprobs):
@@ -59,15 +66,11 @@ def _edit(row: Tensor, seq: Sequence) -> Tensor:
     return edited
 
 
-def _filter(logits: Tensor, temperatures: Tensor, filtered: list[tuple[int, object]]) -> tuple[Tensor, Tensor]:
-    """Applies temperature and filters to some rows; returns them and the temperatures that are left to apply."""
-    rows, params = zip(*filtered, strict=True)
-    device = logits.device
-    shifted = logits - logits.amax(-1, keepdim=True)
-    cut = filter_logits(
-        shifted / temperatures[list(rows)].unsqueeze(1),
-        torch.tensor([p.top_k for p in params], device=device),
-        torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
-        torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
+def _filter(logits: Tensor, temperatures: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Applies temperatures and filters to [R, V] logits, which it changes."""
+    return filter_logits(
+        logits.sub_(logits.amax(-1, keepdim=True)).div_(temperatures.unsqueeze(1)),
+        torch.tensor([p.top_k for p in params]),
+        torch.tensor([p.top_p for p in params], dtype=torch.float64),
+        torch.tensor([p.min_p for p in params], dtype=torch.float32),
     )
-    return cut, temperatures.index_fill(0, torch.tensor(rows, device=device), 1.0)

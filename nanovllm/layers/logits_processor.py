@@ -53,36 +53,52 @@ def _apply_penalties(logits: Tensor, params: SamplingParams, prompt_ids: np.ndar
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Sets to -inf what each row's filters cut, in the order min-p, top-k, top-p.
+    """Sets to -inf what each row's filters cut, in the order min-p, top-k, top-p. No row depends on another's filters.
 
     Min-p: Nguyen et al., 2024, arXiv:2407.01082. Top-p keeps the token that reaches the sum: Holtzman et al., 2019,
-    arXiv:1904.09751.
+    arXiv:1904.09751. Of equally likely tokens those of lower ids are kept first. Takes about 45 bytes a logit.
 
     Args:
         logits: [R, V] fp32, already divided by the temperature. So is what is returned.
-        top_k: [R] int64, 0 or less for no limit.
+        top_k: [R] int64, 0 or less for no limit. This and the next two are on the CPU, where the work is planned.
         top_p: [R] float64, 1 for no limit.
         min_p: [R] float32, 0 for no limit.
     """
-    logits = logits.masked_fill(logits < (logits.amax(-1) + min_p.log()).unsqueeze(1), -math.inf)
+    vocab_size, device = logits.shape[1], logits.device
+    logits = logits.masked_fill(logits < logits.amax(-1, True) + min_p.log().unsqueeze(1).to(device), -math.inf)
+    top_k = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size)
+    top_p = torch.where(top_p < 1, top_p, math.inf)  # the last tokens may weigh nothing, and are kept
+    undecided = ((top_k < vocab_size) | (top_p < 1)).nonzero().squeeze(1)
+    for most in (FIRST_TRY, vocab_size):
+        if len(undecided):
+            k, p = top_k[undecided], top_p[undecided]
+            cut, is_decided = _cut(logits[undecided], k.to(device), p.to(device), min(most, int(k.max())))
+            is_decided = is_decided.cpu()
+            logits[undecided[is_decided]] = cut[is_decided]
+            undecided = undecided[~is_decided]
+    return logits
+
+
+def _cut(logits: Tensor, top_k: Tensor, top_p: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """`filter_logits` for R rows by their likeliest tokens; the rows for which those were enough, as [R] bool.
+
+    Probabilities are integers, whose sums depend neither on their order nor on how many candidates there are.
+    """
     vocab_size = logits.shape[1]
-    top_k = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size).unsqueeze(1)
-    top_p = torch.where(top_p < 1, top_p, math.inf).unsqueeze(1)  # a sum may round to 1 before the last token
-    is_cut = (top_k < vocab_size) | top_p.isfinite()
-    if not is_cut.any():
-        return logits
-    num_first = int(top_k.clamp(max=FIRST_TRY).max()) if (top_k == vocab_size).any() else int(top_k.max())
-    for num_candidates in (num_first, vocab_size):
-        values, ids = logits.topk(num_candidates)
-        in_top_k = torch.arange(num_candidates, device=logits.device) < top_k
-        in_sum = values.masked_fill(~in_top_k, -math.inf).logsumexp(-1, True)
-        total = torch.where(top_k < vocab_size, in_sum, logits.logsumexp(-1, True))
-        probs = (values - total).double().exp()
-        mass = probs.cumsum(-1)
-        if not ((mass[:, -1:] < top_p) & top_p.isfinite() & (top_k > num_candidates)).any():
-            break
-    kept = values.masked_fill(~in_top_k | (mass - probs >= top_p), -math.inf)
-    return torch.where(is_cut, torch.full_like(logits, -math.inf).scatter(1, ids, kept), logits)
+    top_k, top_p = top_k.unsqueeze(1), top_p.unsqueeze(1)
+    candidates = logits.topk(num_candidates).values
+    scale = 2.0 ** (62 - vocab_size.bit_length())  # so that the sum of a row stays below 2^63
+    in_top_k = torch.arange(num_candidates, device=logits.device) < top_k
+    weights = (candidates - candidates[:, :1]).exp_().mul_(scale).long() * in_top_k
+    total = (logits - candidates[:, :1]).exp_().mul_(scale).long().sum(-1, True)
+    total = torch.where(top_k < vocab_size, weights.sum(-1, True), total)
+    is_kept = (weights.cumsum(-1) - weights < top_p * total) & in_top_k
+    num_kept = is_kept.sum(-1, True).clamp(min=1)  # NaN keeps nothing
+    is_decided = (top_k <= num_candidates) | (num_kept < num_candidates)
+    last = candidates.gather(1, num_kept - 1)
+    above, equal = logits > last, logits == last
+    kept = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= num_kept - above.sum(-1, True)))
+    return logits.masked_fill(~kept, -math.inf), is_decided.squeeze(1)
 
 
 def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[dict]:

@@ -1,6 +1,8 @@
 """Checks of users' values, with errors that name the argument and what it may be."""
 
+import difflib
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 
@@ -31,6 +33,11 @@ def check_bool(name: str, value: object) -> None:
 def check_choice(name: str, value: object, choices: list[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def nearest_name(name: str, names: Sequence[str]) -> str | None:
+    """The one of `names` that `name` is probably a misspelling of."""
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.7)), None)
 
 
 def require(condition: bool, reason: str) -> None:

@@ -11,6 +11,7 @@ from nanovllm import LLM
 from nanovllm.config import Config
 from nanovllm.engine import model_runner
 from nanovllm.engine.model_runner import GRAPH_BYTES, ModelRunner
+from nanovllm.layers import logits_processor
 
 GIB = 2**30
 BLOCK_BYTES = 2 * 2 * 2 * 8 * 32 * 4  # K and V, layers, heads, tokens, head_dim, fp32
@@ -88,6 +89,19 @@ def test_the_largest_step_is_as_many_tokens_of_as_many_sequences_as_there_may_be
     monkeypatch.setattr(made, "forward", lambda batch: batches.append(batch) or forward(batch))
     allocate(made)
     assert batches[-1].context_lens.tolist() == [30, 30]
+
+
+def test_the_largest_step_sorts_whole_vocabularies_for_top_p(runner, monkeypatch):
+    looks, cut = [], logits_processor._cut
+
+    def watched(logits, top_k, top_p, num_candidates):
+        looks.append((len(logits), num_candidates))
+        return cut(logits, top_k, top_p, num_candidates)
+
+    monkeypatch.setattr(logits_processor, "_cut", watched)
+    monkeypatch.setattr(logits_processor, "FIRST_TRY", 16)
+    allocate(runner(10 * GIB, 12 * GIB, max_num_batched_tokens=50, max_num_seqs=7))
+    assert looks == [(7, 16), (7, 307)]
 
 
 def test_a_step_that_does_not_fit_beside_the_weights_names_the_settings(runner, monkeypatch):

@@ -14,9 +14,11 @@ from transformers.generation.logits_process import (
 )
 
 from helpers import chi_squared_p
+from nanovllm.engine import sampling
 from nanovllm.engine.batch import splitmix64
 from nanovllm.engine.sampling import sample_with_options
 from nanovllm.engine.sequence import Sequence
+from nanovllm.layers import logits_processor
 from nanovllm.layers.logits_processor import edit_logits, filter_logits, token_logprobs
 from nanovllm.sampling_params import SamplingParams
 
@@ -95,17 +97,60 @@ def test_filters_equal_transformers_warpers():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_rows_with_different_filters_do_not_mix():
-    logits = torch.randn(5, 3000) * 0.1  # so flat that top-p needs more than the first candidates
-    top_k, top_p = torch.tensor([0, 3, 0, 0, 2000]), torch.tensor([1.0, 1.0, 0.95, 0.01, 0.5]).double()
-    min_p = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0])
+def test_a_row_is_cut_the_same_whatever_its_neighbours_ask_for():
+    """Bit for bit, with ties at every boundary, rows that need the whole vocabulary and rows that do not."""
+    generator = torch.Generator().manual_seed(1)
+    flat = torch.randn(6, 7000, generator=generator) * 0.1
+    peaked = torch.randn(6, 7000, generator=generator) * 8
+    logits = torch.cat([flat, peaked]).bfloat16().float()
+    top_k = torch.tensor([0, 3, 0, 0, 2000, 5000] * 2)
+    top_p = torch.tensor([1.0, 1.0, 0.95, 0.01, 0.5, 1.0] * 2).double()
+    min_p = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1e-3, 0.0, 1e-4, 0.0, 0.0, 0.0])
     together = filter_logits(logits, top_k, top_p, min_p)
-    for i in range(5):
-        alone = filter_logits(logits[i : i + 1], top_k[i : i + 1], top_p[i : i + 1], min_p[i : i + 1])
-        assert torch.equal(together[i].isfinite(), alone[0].isfinite())
-    assert together[0].isfinite().all()
-    assert together[1].isfinite().sum() == 3
-    assert together[2].isfinite().sum() > 1024
+    for rows in [[i] for i in range(12)] + [[5, 8], [4, 9, 1], [2, 7], [11, 3, 0]]:
+        assert torch.equal(filter_logits(logits[rows], top_k[rows], top_p[rows], min_p[rows]), together[rows])
+    num_kept = together.isfinite().sum(1)
+    assert num_kept[[0, 1, 5, 7, 11]].tolist() == [7000, 3, 5000, 3, 5000]
+    assert num_kept[2] > 1024 and num_kept[8] < 1024
+
+
+def test_of_equal_logits_the_lower_ids_survive():
+    logits = torch.tensor([[1.0, 2.0, 1.0, 0.0, 1.0, 2.0, 1.0]])
+    for kwargs, kept in [
+        ({"top_k": 4}, [0, 1, 2, 5]),
+        ({"top_k": 1}, [1]),
+        ({"top_p": 0.7}, [0, 1, 2, 5]),
+        ({"top_k": 6, "top_p": 0.7}, [0, 1, 2, 5]),
+    ]:
+        params = SamplingParams(**kwargs)
+        limits = torch.tensor([params.top_k]), torch.tensor([params.top_p]).double(), torch.zeros(1)
+        assert filter_logits(logits, *limits)[0].isfinite().nonzero().flatten().tolist() == kept
+
+
+def test_only_rows_that_need_it_have_their_whole_vocabulary_sorted(monkeypatch):
+    looks, cut = [], logits_processor._cut
+
+    def watched(logits, top_k, top_p, num_candidates):
+        looks.append((len(logits), num_candidates))
+        return cut(logits, top_k, top_p, num_candidates)
+
+    monkeypatch.setattr(logits_processor, "_cut", watched)
+    logits = torch.randn(8, 3000) * torch.tensor([0.1] * 2 + [8.0] * 6).unsqueeze(1)
+    top_p = torch.tensor([0.9] * 7 + [1.0]).double()
+    filter_logits(logits, torch.zeros(8, dtype=torch.long), top_p, torch.zeros(8))
+    assert looks == [(7, 1024), (2, 3000)]
+
+
+def test_many_rows_are_filtered_in_parts_of_bounded_memory(monkeypatch):
+    sizes, filter_part = [], sampling.filter_logits
+    logits, uniforms = torch.randn(7, VOCAB) * 2, torch.rand(7).double()
+    temperatures = torch.tensor([0.5, 1.0, 0.0, 2.0, 1.0, 1.0, 0.7])
+    seqs = [Sequence(i, [], SamplingParams(temperature=t.item(), top_p=0.6)) for i, t in enumerate(temperatures)]
+    expected = sample_with_options(logits, temperatures, uniforms, list(enumerate(seqs)))
+    monkeypatch.setattr(sampling, "FILTER_LOGITS", 2 * VOCAB)
+    monkeypatch.setattr(sampling, "filter_logits", lambda x, *rest: sizes.append(len(x)) or filter_part(x, *rest))
+    assert sample_with_options(logits, temperatures, uniforms, list(enumerate(seqs))) == expected
+    assert sizes == [2, 2, 2]  # greedy needs no filter
 
 
 def edit(logits: torch.Tensor, params: SamplingParams, prompt=(), output=(), end=(), bad=()) -> torch.Tensor:
