@@ -1,12 +1,13 @@
 """The facade that users import. Conveniences that need no engine state live here."""
 
 import json
+from collections.abc import Iterator
 
 from nanovllm.engine.beam_search import BeamSearchParams, beam_search
 from nanovllm.engine.chat import Conversations, render_chats
 from nanovllm.engine.inputs import Params, Prompts
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.outputs import BeamOutput, RequestOutput
+from nanovllm.outputs import BeamOutput, RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -47,14 +48,26 @@ class LLM(LLMEngine):
                 a keyword.
             ValueError: The model has no chat template, or the template refuses the messages; and see `generate`.
         """
+        prompts = self._render(conversations, add_generation_prompt, chat_template_kwargs, keywords)
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def chat_stream(
+        self,
+        conversations: Conversations,
+        sampling_params: Params = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: dict[str, object] | None = None,
+        **keywords: object,
+    ) -> Iterator[StreamDelta]:
+        """As `chat`, piece by piece, as `generate_stream`."""
+        prompts = self._render(conversations, add_generation_prompt, chat_template_kwargs, keywords)
+        return self.generate_stream(prompts, sampling_params)
+
+    def _render(self, conversations: Conversations, *options: object) -> list[str]:
         self._check_open()
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError(f"{self.config.model_path} has no chat template; use generate with a prompt of your own")
-        options = add_generation_prompt, chat_template_kwargs, keywords
-        prompts = render_chats(self.tokenizer, conversations, *options)
-        # The template has put in every special token that there should be.
-        token_ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
-        return self.generate(token_ids, sampling_params, use_tqdm)
+        return render_chats(self.tokenizer, conversations, *options)
 
     def beam_search(
         self,

@@ -1,32 +1,32 @@
-"""The shape of what users get back: plain dicts, ready for `json.dumps`."""
-
-from typing import TypedDict
+"""The shape of what users get back: dicts, ready for `json.dumps`, whose keys are attributes too."""
 
 
-class GenerationError(RuntimeError):
-    """Some requests of a call failed of what concerns them alone. `outputs` has those of all its prompts."""
+class Record(dict):
+    """A dict with `record.key` for `record["key"]`."""
 
-    def __init__(self, message: str, outputs: list["RequestOutput"]):
-        super().__init__(message)
-        self.outputs = outputs
+    def __getattr__(self, name: str) -> object:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no {name!r} here, there are {sorted(self)}") from None
 
 
-class TokenLogprob(TypedDict):
+class TokenLogprob(Record):
     """One token under the model's own distribution (before temperature, penalties and filters)."""
 
     token_id: int
+    token: str  # its text; those of a completion add up to what its tokens decode to, ends of characters included
     logprob: float
     rank: int  # 1 is the most likely token
-    top: list[list]  # `[token_id, logprob]` of the most likely tokens, as many as were asked for, most likely first
+    top: list[
+        list
+    ]  # `[token_id, logprob, text]` of the most likely tokens, as many as were asked for, the likeliest first
 
 
-class Failure(TypedDict, total=False):
-    error: str  # what the completion failed of; only with `finish_reason` "error"
-
-
-class CompletionOutput(Failure):
+class CompletionOutput(Record):
     """One completion of a prompt."""
 
+    index: int  # below `n`
     text: str  # without special tokens (see `skip_special_tokens`) and without what stopped it
     token_ids: list[int]  # everything that was sampled, the token that ended it included
     # "stop", "length" (also when the cache could not hold the sequence even alone), "abort", or "error"
@@ -34,18 +34,21 @@ class CompletionOutput(Failure):
     stop_reason: int | str | None  # which of `stop_token_ids` or `stop` ended it; None for end of sequence or a length
     logprobs: list[TokenLogprob] | None
     cumulative_logprob: float | None  # sum over `token_ids`; None unless `logprobs` were asked for
+    error: str  # what it failed of; there only with `finish_reason` "error"
 
 
-class RequestOutput(CompletionOutput, total=False):
+class RequestOutput(CompletionOutput):
     """What `generate` returns for a prompt: its first completion, and what belongs to the prompt."""
 
+    prompt: str | None  # None if token ids were given
+    prompt_token_ids: list[int]
     prompt_logprobs: list[TokenLogprob | None] | None  # one for each token; the first has nothing before it and is None
     num_cached_tokens: int  # of the prompt, whose keys and values the prefix cache had when the request was admitted
     outputs: list[CompletionOutput]  # all `n` completions
     request_id: int  # from `step` only: what `add_request` returned
 
 
-class StreamDelta(Failure):
+class StreamDelta(Record):
     """A piece of a completion, as `generate_stream` yields it."""
 
     index: int  # of the prompt
@@ -54,9 +57,10 @@ class StreamDelta(Failure):
     token_ids: list[int]
     finish_reason: str | None  # None until the last piece
     stop_reason: int | str | None
+    error: str  # there only with `finish_reason` "error"
 
 
-class BeamHypothesis(TypedDict):
+class BeamHypothesis(Record):
     """One finished hypothesis of a beam search."""
 
     text: str
@@ -65,7 +69,15 @@ class BeamHypothesis(TypedDict):
     finish_reason: str  # "stop" or "length"
 
 
-class BeamOutput(BeamHypothesis, total=False):
+class BeamOutput(BeamHypothesis):
     """What `beam_search` returns for a prompt: its best hypothesis."""
 
     outputs: list[BeamHypothesis]  # all that were kept, best first
+
+
+class GenerationError(RuntimeError):
+    """Some requests of a call failed of what concerns them alone. `outputs` has those of all its prompts."""
+
+    def __init__(self, message: str, outputs: list[RequestOutput]):
+        super().__init__(message)
+        self.outputs = outputs

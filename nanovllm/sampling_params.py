@@ -26,7 +26,8 @@ class SamplingParams:
     """
 
     temperature: float = 1.0  # divides the logits before the softmax; 0 takes the most likely token (greedy)
-    max_tokens: int | None = 64  # most tokens to generate; None: up to the model's length, which always ends them
+    # Most tokens to generate; None: up to the model's length, which always ends them; 0: only `prompt_logprobs`.
+    max_tokens: int | None = 64
     ignore_eos: bool = False  # go on after an end-of-sequence token, for benchmarks
     n: int = 1  # completions of the prompt, each with random draws of its own
     top_k: int = 0  # sample among this many most likely tokens; 0 or -1 among all
@@ -44,6 +45,9 @@ class SamplingParams:
     # distribution, before anything above changed it. With `prompt_logprobs` no prefix is taken from the cache.
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = (
+        None  # keep only so many tokens of the prompt, its last; -1: what the model takes
+    )
     logit_bias: dict[int, float] | None = None  # token id -> what to add to its logit, in [-100, 100]
     bad_words: Sequence[str] | None = None  # texts that the completion must not contain, as sequences of tokens
     allowed_token_ids: Sequence[int] | None = None  # sample only these tokens
@@ -59,12 +63,18 @@ class SamplingParams:
         check_float("repetition_penalty", self.repetition_penalty, 0, open_low=True)
         for name, low in (("n", 1), ("top_k", -1), ("min_tokens", 0)):
             check_int(name, getattr(self, name), low)
-        for name, low in (("max_tokens", 1), ("seed", None), ("logprobs", -1), ("prompt_logprobs", -1)):
+        for name, low in (("max_tokens", 0), ("seed", None), ("logprobs", -1), ("prompt_logprobs", -1)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), low)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             check_bool(name, getattr(self, name))
+        if self.truncate_prompt_tokens is not None:
+            check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, -1)
         self._freeze_collections()
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise ValueError("max_tokens must be at least 1, or 0 with prompt_logprobs to score a prompt, got 0")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens must be at least 1, or -1 for what the model takes, got 0")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}")
         if self.n > 1 and self.temperature == 0:

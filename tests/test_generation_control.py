@@ -315,7 +315,7 @@ def test_logprobs_equal_log_softmax(checkpoint, settings):
             assert entry["token_id"] == token
             assert entry["logprob"] == pytest.approx(logprobs[position, token].item(), abs=1e-4)
             best = logprobs[position].topk(len(entry["top"]))
-            assert [value for _, value in entry["top"]] == pytest.approx(best.values.tolist(), abs=1e-4)
+            assert [value for _, value, _ in entry["top"]] == pytest.approx(best.values.tolist(), abs=1e-4)
         assert {len(entry["top"]) for entry in output["logprobs"]} == {4}
         total = sum(entry["logprob"] for entry in output["logprobs"])
         assert output["cumulative_logprob"] == pytest.approx(total)

@@ -43,7 +43,8 @@ def beam_search(engine: "LLMEngine", prompts: Prompts, params: BeamSearchParams,
     at_once = engine.config.max_num_seqs // params.beam_width
     if not at_once:
         raise ValueError(f"beam_width={params.beam_width} must not exceed max_num_seqs={engine.config.max_num_seqs}")
-    encoded = engine._encode(as_list(prompts))
+    prompts = as_list(prompts)
+    encoded = engine._encode(prompts, [SamplingParams()] * len(prompts))
     searches: list[_Search] = []
     num_unfinished, news = 0, News()
     try:
@@ -60,7 +61,7 @@ def beam_search(engine: "LLMEngine", prompts: Prompts, params: BeamSearchParams,
                     progress.update()
     finally:
         engine._close_call(news, num_unfinished == 0)
-    return [{**search.finished[0], "outputs": search.finished} for search in searches]
+    return [BeamOutput(search.finished[0], outputs=search.finished) for search in searches]
 
 
 class _Search:
@@ -129,7 +130,7 @@ class _Search:
         text = decode(self.engine.tokenizer, token_ids[:-1] if has_stopped else token_ids)
         score = total / max(len(token_ids), 1) ** self.params.length_penalty
         reason = "stop" if has_stopped else "length"
-        self.finished.append({"text": text, "token_ids": token_ids, "score": score, "finish_reason": reason})
+        self.finished.append(BeamHypothesis(text=text, token_ids=token_ids, score=score, finish_reason=reason))
         self.finished.sort(key=lambda hypothesis: -hypothesis["score"])
         del self.finished[self.params.beam_width :]
 

@@ -9,6 +9,7 @@ import jinja2
 from jinja2 import meta
 from transformers import PreTrainedTokenizerBase
 
+from nanovllm.engine.inputs import Rendered
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import nearest_name
 
@@ -50,7 +51,7 @@ def render_chats(
             )
         except Exception as error:  # whatever the template raises
             raise ValueError(f"the chat template refuses conversations[{i}]: {error}") from error
-        prompts.append(text)
+        prompts.append(Rendered(text))
     return prompts
 
 

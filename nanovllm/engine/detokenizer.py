@@ -1,5 +1,7 @@
 """From tokens to text: whole completions, or piece by piece with stop strings. Knows nothing of scheduling."""
 
+from functools import lru_cache
+
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.engine.sequence import Sequence
@@ -18,6 +20,32 @@ def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: list[int], skip
 def completion_text(tokenizer: PreTrainedTokenizerBase | None, seq: Sequence) -> str:
     """The text of a completion, without the token that ended it unless `include_stop_str_in_output`."""
     return decode(tokenizer, _visible(seq, 0), seq.params.skip_special_tokens)
+
+
+def token_pieces(
+    tokenizer: PreTrainedTokenizerBase | None, token_ids: list[int], skip_special_tokens: bool
+) -> list[str]:
+    """What each token adds to the text of all; of a character in several tokens the last has it."""
+    pieces, start, end, total = [], 0, 0, 0  # the window that is decoded: tokens of known text from `start` to `end`
+    for i in range(len(token_ids)):
+        known = decode(tokenizer, token_ids[start:end], skip_special_tokens)
+        text = decode(tokenizer, token_ids[start : i + 1], skip_special_tokens)
+        is_whole = len(text) > len(known) and not text.endswith(REPLACEMENT)
+        pieces.append(text[len(known) :] if is_whole else "")
+        if is_whole:
+            start, end, total = end, i + 1, total + len(pieces[-1])
+    if pieces:  # bytes that never became a character
+        pieces[-1] += decode(tokenizer, token_ids, skip_special_tokens)[total:]
+    return pieces
+
+
+@lru_cache(maxsize=2**18)
+def token_text(tokenizer: PreTrainedTokenizerBase | None, token_id: int) -> str:
+    """The text of a token as it stands in the middle of others."""
+    if tokenizer is None:
+        return ""
+    anchor = tokenizer.encode("a", add_special_tokens=False)
+    return decode(tokenizer, [*anchor, token_id], False).removeprefix(decode(tokenizer, anchor, False))
 
 
 class TextStream:

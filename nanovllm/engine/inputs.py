@@ -10,10 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm.config import Config
 from nanovllm.sampling_params import SamplingParams
 
-Prompt = str | SequenceOf[int]
+Prompt = str | SequenceOf[int] | dict[str, object]  # a dict has one of the others as "prompt" or "prompt_token_ids"
 Prompts = Prompt | SequenceOf[Prompt]
 Params = SamplingParams | SequenceOf[SamplingParams] | None  # one for all, one for each prompt, or the default
 SLICE = 256  # prompts to be tokenized at a time: enough for all cores, few enough for the engine to start soon
+
+
+class Rendered(str):
+    """The text of a chat template, which has put in every special token that there should be."""
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
@@ -30,14 +34,24 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
 
 
 def as_list(prompts: Prompts) -> list[Prompt]:
-    """A list of prompts; a bare string is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
+    """A list of texts and token ids; a bare string is one prompt, and so is a dict."""
+    if isinstance(prompts, str | dict):
+        prompts = [prompts]
     if not isinstance(prompts, (SequenceOf, np.ndarray)):
         raise TypeError(f"prompts must be a list of strings or of token-id lists, got {reprlib.repr(prompts)}")
     if len(prompts) and isinstance(prompts[0], (int, np.integer)):
         raise TypeError("prompts must be a list of prompts; for one prompt of token ids pass [token_ids]")
-    return list(prompts)
+    return [
+        _content(prompt, f"prompts[{i}]") if isinstance(prompt, dict) else prompt for i, prompt in enumerate(prompts)
+    ]
+
+
+def _content(prompt: dict[str, object], name: str) -> str | SequenceOf[int]:
+    """Of a prompt as vLLM takes it: the token ids if there are any, else the text."""
+    for key in ("prompt_token_ids", "prompt"):
+        if prompt.get(key) is not None:
+            return prompt[key]
+    raise TypeError(f"{name} must have a 'prompt' or 'prompt_token_ids', got the keys {list(prompt)}")
 
 
 def as_params(
@@ -60,20 +74,23 @@ def as_params(
 
 
 def encode(
-    prompts: list[Prompt], config: Config, tokenizer: PreTrainedTokenizerBase | None, start: int = 0
-) -> list[np.ndarray]:
+    prompts: list[Prompt], params: list[SamplingParams], config: Config, tokenizer: PreTrainedTokenizerBase | None,
+    start: int = 0
+) -> list[np.ndarray]:  # fmt: skip
     """Token ids of each prompt, checked, as int32; the first is called `prompts[start]` in errors."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts and tokenizer is None:
         raise ValueError(f"{config.model_path} has no tokenizer; pass token ids instead of text")
-    tokenized = iter(tokenizer(texts, return_attention_mask=False)["input_ids"] if texts else ())
+    is_plain = not any(isinstance(text, Rendered) for text in texts)  # of one call all are or none
+    options = {"add_special_tokens": is_plain, "return_attention_mask": False}
+    tokenized = iter(tokenizer(texts, **options)["input_ids"] if texts else ())
     return [
-        _check_prompt(next(tokenized) if isinstance(prompt, str) else prompt, f"prompts[{i}]", config)
-        for i, prompt in enumerate(prompts, start)
+        _check_prompt(next(tokenized) if isinstance(prompt, str) else prompt, f"prompts[{i}]", p, config)
+        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True), start)
     ]
 
 
-def _check_prompt(ids: SequenceOf[int], name: str, config: Config) -> np.ndarray:
+def _check_prompt(ids: SequenceOf[int], name: str, params: SamplingParams, config: Config) -> np.ndarray:
     try:
         array = np.asarray(ids)
     except ValueError:  # ragged
@@ -83,10 +100,14 @@ def _check_prompt(ids: SequenceOf[int], name: str, config: Config) -> np.ndarray
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be a string or a list of token ids, got {reprlib.repr(ids)}")
     _check_vocabulary(name, array, config)
+    if params.truncate_prompt_tokens is not None:
+        most = config.max_model_len - 1
+        array = array[-min(most, params.truncate_prompt_tokens if params.truncate_prompt_tokens > 0 else most) :]
     if array.size >= config.max_model_len:
         raise ValueError(
             f"{name} has {array.size} tokens and leaves no room to generate within max_model_len="
-            f"{config.max_model_len}: shorten it, or raise max_model_len if the model supports more"
+            f"{config.max_model_len}: shorten it, let truncate_prompt_tokens do so, or raise max_model_len if the "
+            "model supports more"
         )
     capacity = config.num_kvcache_blocks * config.kvcache_block_size
     if array.size > capacity:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 from xxhash import xxh64_intdigest
 
 from nanovllm.config import Config, known_fields
@@ -83,7 +84,8 @@ class LLMEngine:
         """Queues one prompt, text or token ids; errors are those of `generate`. Returns the request's id."""
         self._check_open()
         [params] = inputs.as_params(sampling_params, 1, self.config, self.tokenizer)
-        [request] = self._requests([prompt], [params], self._encode([prompt]), self._ended)
+        [prompt] = inputs.as_list([prompt])
+        [request] = self._requests([prompt], [params], self._encode([prompt], [params]), self._ended)
         request_id = request.seqs[0].seq_id
         self._added[request_id] = request
         self._loop.add(request.seqs)
@@ -115,7 +117,8 @@ class LLMEngine:
             request = self._ended.get()
             request_id = request.seqs[0].seq_id
             del self._added[request_id]
-            outputs.append({"request_id": request_id, **request.output(self.tokenizer)})
+            outputs.append(request.output(self.tokenizer))
+            outputs[-1]["request_id"] = request_id
         return outputs, num_tokens
 
     def stats(self) -> dict[str, float]:
@@ -158,7 +161,7 @@ class LLMEngine:
         num_unfinished, news = len(prompts), News()
         try:
             self._loop.open_call(news)
-            with Progress(params, self._loop, use_tqdm) as progress:
+            with Progress(params, self.config.max_model_len, self._loop, use_tqdm) as progress:
                 for request in self._run(prompts, params, news, progress):
                     outputs[request.index] = request.output(self.tokenizer)
                     num_unfinished -= 1
@@ -195,14 +198,19 @@ class LLMEngine:
         self._check_open()
         prompts = inputs.as_list(prompts)
         params = inputs.as_params(sampling_params, len(prompts), self.config, self.tokenizer)
-        slices = (self._encode(prompts[i : i + inputs.SLICE], i) for i in range(0, len(prompts), inputs.SLICE))
-        return self._stream(prompts, params, [token_ids for part in slices for token_ids in part], raise_on_error)
+        parts = [slice(i, i + inputs.SLICE) for i in range(0, len(prompts), inputs.SLICE)]
+        encoded = [ids for part in parts for ids in self._encode(prompts[part], params[part], part.start)]
+        return self._stream(prompts, params, encoded, raise_on_error)
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The checkpoint's tokenizer, as `llm.tokenizer`; None if it has none."""
+        return self.tokenizer
 
     # ---- inside
 
-    def _encode(self, prompts: list[Prompt], start: int = 0) -> list[np.ndarray]:
+    def _encode(self, prompts: list[Prompt], params: list[SamplingParams], start: int = 0) -> list[np.ndarray]:
         with self._lock:
-            return inputs.encode(prompts, self.config, self.tokenizer, start)
+            return inputs.encode(prompts, params, self.config, self.tokenizer, start)
 
     def _new_ids(self, n: int) -> int:
         """The first of `n` consecutive ids for sequences."""
@@ -242,9 +250,11 @@ class LLMEngine:
         num_unfinished = 0
         for start in range(0, len(prompts), inputs.SLICE):
             part = slice(start, start + inputs.SLICE)
-            requests = self._requests(prompts[part], params[part], self._encode(prompts[part], start), news, start)
+            encoded = self._encode(prompts[part], params[part], start)
+            requests = self._requests(prompts[part], params[part], encoded, news, start)
             self._loop.add([seq for request in requests for seq in request.seqs], news)
             num_unfinished += len(requests)
+            progress.show(start + len(requests))
             while not news.empty():
                 num_unfinished -= 1
                 yield self._loop.next_news(news)

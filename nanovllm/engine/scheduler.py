@@ -65,7 +65,7 @@ class Scheduler:
                 self.block_manager.publish(seq, num_new)
             if num_computed < len(seq.token_ids):
                 continue
-            if seq.error is None:
+            if seq.error is None and num_computed < seq.max_len:  # else the prompt was only to be scored
                 seq.token_ids.append(token_id)
             any_finished |= self._finish_if_complete(seq)
         if any_finished:
@@ -273,7 +273,7 @@ class Scheduler:
             self.held[seq.seq_id] = seq
         else:
             self._release(seq)
-        if reason != "abort" and not seq.keeps_blocks:
+        if reason != "abort" and not seq.keeps_blocks and seq.max_len > seq.num_prompt_tokens:
             used = seq.num_completion_tokens / (seq.max_len - seq.num_prompt_tokens)
             self.output_ratio += 0.1 * (used - self.output_ratio)
         seq.status, seq.finish_reason, seq.stop_reason = SequenceStatus.FINISHED, reason, stop_reason

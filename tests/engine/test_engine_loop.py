@@ -311,9 +311,9 @@ def test_the_engine_runs_while_further_prompts_are_tokenized(llm, monkeypatch):
         has_run.set()
         return run(*args)
 
-    def encoding(prompts, config, tokenizer, start=0):
+    def encoding(prompts, params, config, tokenizer, start=0):
         assert start < 4 or has_run.wait(timeout=30)
-        return encode(prompts, config, tokenizer, start)
+        return encode(prompts, params, config, tokenizer, start)
 
     monkeypatch.setattr(llm.model_runner, "run", running)
     monkeypatch.setattr(inputs, "encode", encoding)

@@ -89,7 +89,7 @@ def test_logprobs_of_completions_and_prompts_equal_those_of_one_rank(llm, single
                 if a is not None:
                     assert (a["token_id"], a["rank"]) == (b["token_id"], b["rank"])
                     assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-4)
-                    assert [token for token, _ in a["top"]] == [token for token, _ in b["top"]]
+                    assert [token for token, *_ in a["top"]] == [token for token, *_ in b["top"]]
 
 
 def test_forked_blocks_are_copied_on_every_rank(llm, single):
