@@ -23,20 +23,6 @@ class TensorParallel:
     size: int = 1
     group: "dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None" = field(default=None, repr=False)
 
-    def divide(self, total: int, what: str) -> int:
-        """A rank's share of `total`; ValueError if it does not divide by the group's size."""
-        if total % self.size:
-            sizes = [size for size in range(1, 9) if total % size == 0]
-            raise ValueError(f"tensor_parallel_size={self.size} does not divide {what}={total}; use one of {sizes}")
-        return total // self.size
-
-    def replicas(self, total: int, what: str) -> int:
-        """How many ranks must share each of `total` things so that every rank has one; ValueError if unevenly."""
-        if self.size % total and total % self.size:
-            sizes = [size for size in range(1, 9) if total % size == 0 or size % total == 0]
-            raise ValueError(f"tensor_parallel_size={self.size} does not fit {what}={total}; use one of {sizes}")
-        return max(1, self.size // total)
-
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Adds up every rank's `x`, in place."""
         if self.size > 1:
