@@ -15,7 +15,7 @@ from nanovllm.config import Config
 from nanovllm.engine.batch import Batch
 from nanovllm.engine.batch_codec import BatchCodec
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.workers import Channel, Workers, interrupts_held
+from nanovllm.engine.workers import Channel, Workers
 from nanovllm.utils.device import default_threads
 from nanovllm.utils.parallel import TensorParallel, connect
 
@@ -46,7 +46,7 @@ class ParallelRunner(ModelRunner):
         """As `ModelRunner.forward`, on all ranks."""
         if self._codec is None:  # every rank is measuring its own memory
             return super().forward(batch, score_prompts)
-        with interrupts_held(), self._step():
+        with self._step():
             self.workers.publish("forward", self._codec.encode(batch))
             logits = super().forward(batch, score_prompts)
             if self.device.type == "cuda":  # here, and not later, the failure of another rank is to be noticed
@@ -56,7 +56,7 @@ class ParallelRunner(ModelRunner):
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """As `ModelRunner.copy_blocks`, on all ranks."""
-        with interrupts_held(), self._step():
+        with self._step():
             self.workers.publish("copy_blocks", copies)
             super().copy_blocks(copies)
 

@@ -15,8 +15,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
@@ -148,23 +147,6 @@ class Workers:
                 hint = f" before it was up; it printed why. {MAIN_GUARD}" if code == 1 else ""
                 return WorkerError(f"tensor-parallel rank {rank} {how}{hint}")
         return WorkerError(report)
-
-
-@contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Lets a Ctrl-C take effect at the end of the block, so that it does not break off what all ranks do together."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is None:  # None: the handler is not Python's, leave it alone
-        yield
-        return
-    held: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _main(rank: int, channel: Channel, rendezvous: Path, work: Callable[..., None], args: tuple) -> None:
