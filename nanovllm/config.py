@@ -54,6 +54,7 @@ class Config:
     max_model_len: int = 4096  # most tokens of a sequence, prompt included; lowered to what the model supports
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory to use, in (0, 1]
     tensor_parallel_size: int = 1  # processes that share the model, 1 to 8; on CUDA each has a GPU
+    worker_timeout: float = 60.0  # seconds without progress in a step, after which a tensor-parallel rank hangs
     enforce_eager: bool = False  # no CUDA graphs or recordings for decode
     kvcache_block_size: int = 256  # tokens per block of the KV cache, also the unit of prefix caching
     num_kvcache_blocks: int = -1  # -1 fills the memory budget: see `utils.device.default_cache_bytes`
@@ -99,6 +100,7 @@ class Config:
         if self.num_kvcache_blocks == 0:
             raise ValueError("num_kvcache_blocks must be positive, or -1 to fill the memory budget, got 0")
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
+        check_float("worker_timeout", self.worker_timeout, 0, 1800, open_low=True)
         check_bool("enforce_eager", self.enforce_eager)
         check_choice("dtype", str(self.dtype).removeprefix("torch."), ["auto", *DTYPES])
         check_choice("attention_backend", self.attention_backend, ["auto", *BACKENDS])

@@ -45,6 +45,9 @@ def test_defaults(path):
         ("tensor_parallel_size", 9, ValueError),
         ("gpu_memory_utilization", 0.0, ValueError),
         ("gpu_memory_utilization", 1.1, ValueError),
+        ("worker_timeout", 0, ValueError),
+        ("worker_timeout", 1801, ValueError),
+        ("worker_timeout", "60", TypeError),
         ("dtype", "float8", ValueError),
         ("device", "tpu", ValueError),
         ("device", "cpu:1", ValueError),  # as "cuda:1" would be: kernels run on the current GPU

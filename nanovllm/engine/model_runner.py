@@ -27,7 +27,7 @@ from nanovllm.layers.weight import check_quantization, pack_weights
 from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.context import Context, use_context
-from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, upload
+from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, default_threads, upload
 from nanovllm.utils.loader import load_dummy, load_model
 from nanovllm.utils.parallel import TensorParallel
 
@@ -50,6 +50,7 @@ class ModelRunner:
         self.device = config.device
         self.num_threads = torch.get_num_threads()
         self.tp = tp or TensorParallel()
+        self.num_threads = default_threads()  # of PyTorch's, for who runs the steps
         times = [perf_counter()]
         self.model = self._build_model()
         times.append(perf_counter())

@@ -1,12 +1,10 @@
 """The model runner of an engine with several ranks: rank 0's has the others do what it does."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from contextlib import contextmanager
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,8 @@ from nanovllm.config import Config
 from nanovllm.engine.batch import Batch
 from nanovllm.engine.batch_codec import BatchCodec
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.workers import Workers, interrupts_held
+from nanovllm.engine.workers import Channel, Workers
+from nanovllm.utils.device import default_threads
 from nanovllm.utils.parallel import TensorParallel, connect
 
 
@@ -32,25 +31,22 @@ class ParallelRunner(ModelRunner):
         size = config.tensor_parallel_size
         self._codec: BatchCodec | None = None  # until all ranks are set up
         self.tp = TensorParallel()
-        self._threads_before = self._threads = torch.get_num_threads()
-        if config.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # else they are the user's choice
-            self._threads = max(1, self._threads_before // size)
-        self.workers = Workers(size, serve, config, self._threads)
+        num_threads = default_threads(size if config.device.type == "cpu" else 1)
+        self.workers = Workers(size, config.worker_timeout, serve, config, num_threads)
         with self._failing_together():
-            torch.set_num_threads(self._threads)
             config.device = rank_device(config.device, 0)
             self.tp = self._connect(size, config.device)
-            if config.device.type == "cuda":
-                watched = self.workers.sentinels, self.tp.group
-                threading.Thread(target=_abort_when_one_ends, args=watched, daemon=True).start()
+            self.tp.count = self.workers.count
+            self.workers.watchdog.abort = self.tp.abort
             super().__init__(config, self.tp)
+        self.num_threads = num_threads
         self._codec = BatchCodec(self.block_size, self.batch_builder.max_blocks)
 
     def forward(self, batch: Batch, score_prompts: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
         """As `ModelRunner.forward`, on all ranks."""
         if self._codec is None:  # every rank is measuring its own memory
             return super().forward(batch, score_prompts)
-        with interrupts_held(), self._failing_together():
+        with self._step():
             self.workers.publish("forward", self._codec.encode(batch))
             logits = super().forward(batch, score_prompts)
             if self.device.type == "cuda":  # here, and not later, the failure of another rank is to be noticed
@@ -60,16 +56,17 @@ class ParallelRunner(ModelRunner):
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """As `ModelRunner.copy_blocks`, on all ranks."""
-        with interrupts_held(), self._failing_together():
+        with self._step():
             self.workers.publish("copy_blocks", copies)
             super().copy_blocks(copies)
 
     def close(self) -> None:
         """Ends the other ranks. Idempotent."""
-        self.workers.close()
-        self.tp.disconnect()
-        if torch.get_num_threads() == self._threads:  # else somebody has changed it since
-            torch.set_num_threads(self._threads_before)
+        self.graphs = None  # first: graphs hold communicators, which must outlive them
+        try:
+            self.tp.disconnect()
+        finally:  # also where the GPU is in a state in which nothing works
+            self.workers.close()
         super().close()
 
     def _connect(self, size: int, device: torch.device) -> TensorParallel:
@@ -90,6 +87,17 @@ class ParallelRunner(ModelRunner):
         return joined.result()
 
     @contextmanager
+    def _step(self) -> Iterator[None]:
+        """What all ranks do together, with the watchdog looking."""
+        watchdog = self.workers.watchdog
+        with self._failing_together():
+            watchdog.is_stepping = True
+            try:
+                yield
+            finally:
+                watchdog.is_stepping = False
+
+    @contextmanager
     def _failing_together(self) -> Iterator[None]:
         """Ends all ranks if the block fails, and raises what that comes from."""
         try:
@@ -107,17 +115,19 @@ class ParallelRunner(ModelRunner):
         self.workers.raise_if_killed()
 
 
-def serve(rank: int, receive: Callable[[], tuple], rendezvous: Path, config: Config, num_threads: int) -> None:
-    """What a further rank does all its life: `receive` waits for the next `(method, *args)` that rank 0 publishes."""
+def serve(rank: int, channel: Channel, rendezvous: Path, config: Config, num_threads: int) -> None:
+    """What a further rank does all its life, once for each `(method, *args)` that rank 0 publishes."""
     torch.set_num_threads(num_threads)
     config.device = rank_device(config.device, rank)
-    receive()  # "join"
-    runner = ModelRunner(config, connect(rank, config.tensor_parallel_size, config.device, rendezvous))
+    channel.receive(rank)  # "join"
+    tp = connect(rank, config.tensor_parallel_size, config.device, rendezvous)
+    tp.count = channel.counter(rank)
+    runner = ModelRunner(config, tp)
     codec = BatchCodec(runner.block_size, runner.batch_builder.max_blocks)
     methods = {"forward": lambda message: runner.forward(codec.decode(message)), "copy_blocks": runner.copy_blocks}
     with torch.inference_mode():
         while True:
-            method, *args = receive()
+            method, *args = channel.receive(rank)
             methods[method](*args)
 
 
@@ -127,9 +137,3 @@ def rank_device(device: torch.device, rank: int) -> torch.device:
         return device
     torch.cuda.set_device(rank)
     return torch.device("cuda", rank)
-
-
-def _abort_when_one_ends(sentinels: list[int], group: object) -> None:
-    """NCCL would wait for a rank that has ended; gloo notices by itself."""
-    wait(sentinels)
-    group.abort()

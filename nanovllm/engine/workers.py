@@ -1,7 +1,7 @@
 """Processes beside the caller's, one for each further rank: how they start, hear of calls, fail and end.
 
-Calls go one way, through shared memory. Nothing comes back but what the first worker to fail failed of. Knows nothing
-of models.
+Calls go one way, through shared memory. Nothing comes back but how far each worker is, and what the first to fail
+failed of. Knows nothing of models.
 """
 
 import ctypes
@@ -15,21 +15,21 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 
 from tqdm import tqdm
 
+from nanovllm.engine.watchdog import Watchdog
+
 CAPACITY = 2**16  # bytes of a message in shared memory at a time; a longer one goes in parts
 REPORT_LENGTH = 2**14  # characters of a traceback's end
 NOTICE_SECONDS = 3.0  # by when a worker that broke a collective has ended
 ORPHAN_SECONDS = 0.5  # in which a worker whose collective broke finds out that the parent has ended
 SETTLE_SECONDS = 0.3  # between the first failure noticed and the look at who was first
-EXIT_SECONDS = 3.0  # for a worker to end when it is told to, before it is killed
+EXIT_SECONDS = 3.0  # for a worker that is killed to be gone; one that a driver holds may not go
 
 MAIN_GUARD = (
     'A script that makes an LLM with tensor_parallel_size > 1 must do so under `if __name__ == "__main__":`, because '
@@ -42,7 +42,7 @@ class WorkerError(RuntimeError):
 
 
 class Channel:
-    """What all ranks share: one message at a time, and the report of the first worker that failed."""
+    """What all ranks share: one message at a time, how far each is, and the report of the first that failed."""
 
     def __init__(self, context: SpawnContext, num_workers: int):
         self.message = context.RawArray(ctypes.c_char, CAPACITY)
@@ -51,6 +51,7 @@ class Channel:
         self.is_read = context.Semaphore(0)  # once by each worker, also when it is up and ready for a first message
         self.report = context.RawArray(ctypes.c_char, 5 * REPORT_LENGTH)  # a character has up to 4 bytes
         self.has_report = context.Lock()
+        self.progress = context.RawArray(ctypes.c_int64, num_workers + 1)  # of each rank, the collectives it has begun
 
     def receive(self, rank: int) -> tuple:
         """Waits for the next message to worker `rank`."""
@@ -62,15 +63,24 @@ class Channel:
             self.is_read.release()
         return pickle.loads(data)
 
+    def counter(self, rank: int) -> Callable[[], None]:
+        """What a rank calls whenever it begins a collective."""
+        progress = self.progress
+
+        def count() -> None:
+            progress[rank] += 1
+
+        return count
+
 
 class Workers:
     """Ranks 1 to `size` - 1, started with the `spawn` method. They end with this object.
 
-    Each calls `work(rank, receive, rendezvous, *args)`, with picklable `args`, which serves until the worker is ended.
-    RuntimeError if this process is itself one that is being started.
+    Each calls `work(rank, channel, rendezvous, *args)`, with picklable `args`, which serves until the worker is ended.
+    `timeout` is the watchdog's. RuntimeError if this process is itself one that is being started.
     """
 
-    def __init__(self, size: int, work: Callable[..., None], *args: object):
+    def __init__(self, size: int, timeout: float, work: Callable[..., None], *args: object):
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             raise RuntimeError(MAIN_GUARD)
         context = multiprocessing.get_context("spawn")
@@ -78,7 +88,10 @@ class Workers:
         self._processes: list[SpawnProcess] = []
         directory = Path(tempfile.mkdtemp(prefix="nanovllm-"))
         self.rendezvous = directory / "rendezvous"
-        self._finalizer = weakref.finalize(self, _shut_down, os.getpid(), self._processes, self._channel, directory)
+        self.count = self._channel.counter(0)
+        self.watchdog = Watchdog(self._processes, self._channel.progress, timeout)
+        owned = self.watchdog, self._processes, self._channel, directory
+        self._finalizer = weakref.finalize(self, _shut_down, os.getpid(), *owned)
         for rank in range(1, size):
             main_args = (rank, self._channel, self.rendezvous, work, args)
             process = context.Process(target=_main, args=main_args, name=f"nanovllm rank {rank}", daemon=True)
@@ -99,14 +112,9 @@ class Workers:
             for is_written in channel.is_written:
                 is_written.release()
 
-    @property
-    def sentinels(self) -> list[int]:
-        """What `multiprocessing.connection.wait` can wait on: each is ready once its worker has ended."""
-        return [process.sentinel for process in self._processes]
-
     def raise_if_failed(self) -> None:
-        """Raises WorkerError if a worker has ended."""
-        if wait(self.sentinels, timeout=0):
+        """Raises WorkerError if a worker has ended, or hung."""
+        if self._has_failed(timeout=0):
             raise self._failure()
 
     def raise_if_killed(self) -> None:
@@ -117,14 +125,20 @@ class Workers:
     def cause_of(self, error: BaseException) -> BaseException:
         """What rank 0 failed of while all worked together: a worker's failure, if there is one, else `error` itself."""
         is_broken_collective = isinstance(error, RuntimeError) and not isinstance(error, WorkerError)
-        return self._failure() if is_broken_collective and wait(self.sentinels, NOTICE_SECONDS) else error
+        return self._failure() if is_broken_collective and self._has_failed(NOTICE_SECONDS) else error
 
     def close(self) -> None:
         """Ends the workers and removes everything they used. Idempotent."""
         self._finalizer()
 
+    def _has_failed(self, timeout: float) -> bool:
+        """Whether a worker has ended, or does within so many seconds, or hangs."""
+        return bool(self.watchdog.verdict or wait([process.sentinel for process in self._processes], timeout))
+
     def _failure(self) -> WorkerError:
-        """The failure that came first, once a worker has ended."""
+        """The failure that came first, once there is one."""
+        if self.watchdog.verdict:
+            return WorkerError(self.watchdog.verdict)
         time.sleep(SETTLE_SECONDS)  # one that is killed breaks the collectives of the others, who may report first
         report = self._channel.report.value.decode(errors="replace")
         for rank, code in enumerate([process.exitcode for process in self._processes], 1):
@@ -135,30 +149,13 @@ class Workers:
         return WorkerError(report)
 
 
-@contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Lets a Ctrl-C take effect at the end of the block, so that it does not break off what all ranks do together."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is None:  # None: the handler is not Python's, leave it alone
-        yield
-        return
-    held: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:
-            signal.raise_signal(signal.SIGINT)
-
-
 def _main(rank: int, channel: Channel, rendezvous: Path, work: Callable[..., None], args: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; rank 0 decides
     threading.Thread(target=_end_with_parent, args=(rendezvous.parent,), daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own is a named semaphore, which a process that is killed leaves behind
     channel.is_read.release()
     try:
-        work(rank, partial(channel.receive, rank), rendezvous, *args)
+        work(rank, channel, rendezvous, *args)
     except BaseException:
         if channel.has_report.acquire(block=False):
             report = f"tensor-parallel rank {rank} failed:\n{traceback.format_exc()[-REPORT_LENGTH:]}"
@@ -173,16 +170,19 @@ def _end_with_parent(directory: Path) -> None:
     os._exit(1)
 
 
-def _shut_down(owner: int, processes: list[SpawnProcess], channel: Channel, directory: Path) -> None:
+def _shut_down(
+    owner: int, watchdog: Watchdog, processes: list[SpawnProcess], channel: Channel, directory: Path
+) -> None:
     """Ends the workers that are left, which have nothing to save. Not in a forked child of the owner."""
     if os.getpid() != owner:
         return
-    for end in (SpawnProcess.terminate, SpawnProcess.kill):
-        for process in processes:
-            end(process)
-        for process in processes:
-            process.join(EXIT_SECONDS)
+    watchdog.end()
     for process in processes:
-        process.close()
+        process.kill()
+    for process in processes:
+        process.join(EXIT_SECONDS)
+    for process in processes:
+        if not process.is_alive():
+            process.close()
     vars(channel).clear()  # the last references to the semaphores, which go with them
     shutil.rmtree(directory, ignore_errors=True)

@@ -28,7 +28,7 @@ class ColumnParallelLinear(nn.Module):
         offset = 0
         for name, total in output_sizes.items():
             replicas = (num_replicas or {}).get(name, 1)
-            size = tp.divide(total * replicas, name)
+            size = total * replicas // tp.size
             start = tp.rank // replicas * size
             self.shards[name] = slice(offset, offset + size), slice(start, start + size)
             offset += size
@@ -53,7 +53,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.tp = tp
         self.input_size = input_size
-        size = tp.divide(input_size, "input_size")
+        size = input_size // tp.size
         self.columns = slice(tp.rank * size, (tp.rank + 1) * size)
         self.weight = nn.Parameter(torch.empty(output_size, size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None

@@ -19,15 +19,14 @@ class Qwen3Attention(nn.Module):
     def __init__(self, config: PretrainedConfig, rotary_emb: RotaryEmbedding, tp: TensorParallel):
         super().__init__()
         head_dim, num_heads, num_kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        kv_replicas = tp.replicas(num_kv_heads, "num_key_value_heads")
+        kv_replicas = max(1, tp.size // num_kv_heads)  # ranks that hold the same head
         sizes = {"q_proj": num_heads * head_dim} | dict.fromkeys(["k_proj", "v_proj"], num_kv_heads * head_dim)
         replicas = dict.fromkeys(["k_proj", "v_proj"], kv_replicas)
         self.qkv_proj = ColumnParallelLinear(config.hidden_size, sizes, config.attention_bias, tp, replicas)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.rotary_emb = rotary_emb
-        num_local = tp.divide(num_heads, "num_attention_heads")
-        self.attn = Attention(num_local, num_kv_heads * kv_replicas // tp.size, head_dim)
+        self.attn = Attention(num_heads // tp.size, num_kv_heads * kv_replicas // tp.size, head_dim)
         self.o_proj = RowParallelLinear(num_heads * head_dim, config.hidden_size, config.attention_bias, tp)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -81,7 +80,7 @@ class Qwen3Model(nn.Module):
 
 
 class Qwen3ForCausalLM(nn.Module):
-    """One rank's whole model. ValueError if its sizes do not divide by the ranks, or it uses what this one lacks."""
+    """One rank's whole model; `Config` has checked that its sizes divide. ValueError if it uses what this one lacks."""
 
     packed_modules = dict.fromkeys(["q_proj", "k_proj", "v_proj"], "qkv_proj")
     packed_modules |= dict.fromkeys(["gate_proj", "up_proj"], "gate_up_proj")

@@ -1,5 +1,7 @@
-"""The one place that knows devices apart: which there is, which dtype suits it, how much memory it has left."""
+"""The one place that knows devices apart: which there is, which dtype suits it, what memory and cores it has left."""
 
+import math
+import os
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -7,10 +9,12 @@ import numpy as np
 import psutil
 import torch
 
+from nanovllm.utils import cgroup
 from nanovllm.utils.checks import require
 
 GIB = 2**30
 CPU_CACHE_BYTES = 4 * GIB
+TORCH_THREADS = torch.get_num_threads()  # PyTorch's own choice: of the machine's cores, whatever a container limits
 ALIGNMENT = 64  # bytes; Triton compiles a kernel anew for a pointer that is not a multiple of 16
 
 
@@ -59,11 +63,27 @@ def suitable_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def available_memory(device: torch.device, gpu_memory_utilization: float) -> int:
-    """Bytes that the engine may still take, on CUDA of its share of the memory after all that is there now."""
+    """Bytes that the engine may still take: on CUDA of its share after all that is there now, on a CPU all there is."""
     if device.type == "cpu":
-        return psutil.virtual_memory().available
+        return int(min(psutil.virtual_memory().available, cgroup.memory_left()))
     free, total = torch.cuda.mem_get_info(device)
     return int(free - (1 - gpu_memory_utilization) * total)
+
+
+def default_threads(num_processes: int = 1) -> int:
+    """What each of `num_processes` that work at the same time gets of PyTorch's threads, if their number was chosen.
+
+    Else of as many as can run at once, each on a core of its own: threads spin while they wait for each other, so one
+    that a container's limit holds back slows down all. OMP_NUM_THREADS is a choice for each process.
+    """
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ:
+        return threads
+    if threads == TORCH_THREADS:
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads
+        cores = psutil.cpu_count(logical=False) or threads
+        threads = math.ceil(min(threads, allowed, cores, cgroup.cpu_limit()))
+    return max(1, threads // num_processes)
 
 
 def default_batched_tokens(device: torch.device) -> int:

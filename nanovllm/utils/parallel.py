@@ -4,6 +4,7 @@ A group is a c10d backend of its own, never `torch.distributed`'s default group:
 only one in a process.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -12,34 +13,22 @@ import torch
 import torch.distributed as dist
 
 JOIN_TIMEOUT = timedelta(seconds=2)  # of each of several tries; all ranks are up when they begin to join
-STEP_TIMEOUT = timedelta(minutes=30)  # a rank that ends is noticed at once; this is for one that hangs
+WAIT_TIMEOUT = timedelta(minutes=30)  # while others load their weights; in a step the watchdog does not wait as long
 
 
 @dataclass(slots=True)
 class TensorParallel:
-    """Shared by all layers of a rank's model."""
+    """Shared by all layers of a rank's model. `count` is called before each collective."""
 
     rank: int = 0
     size: int = 1
     group: "dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None" = field(default=None, repr=False)
-
-    def divide(self, total: int, what: str) -> int:
-        """A rank's share of `total`; ValueError if it does not divide by the group's size."""
-        if total % self.size:
-            sizes = [size for size in range(1, 9) if total % size == 0]
-            raise ValueError(f"tensor_parallel_size={self.size} does not divide {what}={total}; use one of {sizes}")
-        return total // self.size
-
-    def replicas(self, total: int, what: str) -> int:
-        """How many ranks must share each of `total` things so that every rank has one; ValueError if unevenly."""
-        if self.size % total and total % self.size:
-            sizes = [size for size in range(1, 9) if total % size == 0 or size % total == 0]
-            raise ValueError(f"tensor_parallel_size={self.size} does not fit {what}={total}; use one of {sizes}")
-        return max(1, self.size // total)
+    count: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Adds up every rank's `x`, in place."""
         if self.size > 1:
+            self.count()
             self.group.allreduce([x]).wait()
         return x
 
@@ -50,6 +39,7 @@ class TensorParallel:
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else []
         options = dist.GatherOptions()
         options.rootRank = 0
+        self.count()
         self.group.gather([parts] if parts else [], [x], options).wait()
         return torch.cat(parts, dim=-1) if parts else None
 
@@ -58,11 +48,19 @@ class TensorParallel:
         if self.size == 1:
             return value
         x = torch.tensor([value], device=device)
+        self.count()
         self.group.allreduce([x], dist.ReduceOp.MIN).wait()
         return int(x)
 
+    def abort(self) -> None:
+        """Breaks off what NCCL waits for, for ever if another rank has ended; gloo notices that by itself."""
+        group = self.group
+        if isinstance(group, getattr(dist, "ProcessGroupNCCL", ())):
+            group.abort()
+
     def disconnect(self) -> None:
-        """Closes the group's sockets, threads and communicators; no collective is possible any more."""
+        """Closes the group's sockets, threads and communicators; no collective is possible any more. Idempotent."""
+        self.abort()
         self.group = None
 
 
@@ -76,10 +74,12 @@ def connect(rank: int, size: int, device: torch.device, rendezvous: Path) -> Ten
     if device.type == "cuda":
         group = dist.ProcessGroupNCCL(store, rank, size)
         group.eager_connect_single_device(device)
+        group._set_default_timeout(WAIT_TIMEOUT)
         return TensorParallel(rank, size, group)
+    store.set_timeout(JOIN_TIMEOUT)  # else a join that is given up waits minutes for a file that has been removed
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     options._timeout = JOIN_TIMEOUT
     group = dist.ProcessGroupGloo(store, rank, size, options)
-    group._set_default_timeout(STEP_TIMEOUT)
+    group._set_default_timeout(WAIT_TIMEOUT)
     return TensorParallel(rank, size, group)

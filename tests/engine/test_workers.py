@@ -38,6 +38,10 @@ def generate(llm, max_tokens=4):
     return llm.generate(random_prompts([9, 30]), params, use_tqdm=False)
 
 
+def tokens_of(outputs) -> list[list[int]]:
+    return [output["token_ids"] for output in outputs]
+
+
 def worker_pids() -> list[int]:
     """Children of this process but for multiprocessing's resource tracker, of which there is one for good."""
     children = [c for c in psutil.Process().children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]
@@ -59,6 +63,10 @@ def traces() -> set[str]:
     return {str(found) for found in (*shared, *directory.glob("nanovllm-*"))}
 
 
+def watchdogs() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if "watchdog" in thread.name]
+
+
 def listening() -> int:
     return sum(c.status == psutil.CONN_LISTEN for c in psutil.Process().net_connections())
 
@@ -70,7 +78,7 @@ def nothing_is_left_behind():
     yield
     gc.collect()
     wait_until(lambda: not worker_pids() and traces() <= before and not listening(), 60)
-    assert (worker_pids(), traces() - before, listening()) == ([], set(), 0)
+    assert (worker_pids(), traces() - before, listening(), watchdogs()) == ([], set(), 0, [])
 
 
 # ---- a worker fails
@@ -100,6 +108,46 @@ def test_a_killed_worker_is_named_and_closes_the_engine(path, when):
         with pytest.raises(RuntimeError, match=r"closed by a failure: .*rank 1 was killed by SIGKILL"):
             call()
     llm.exit()
+
+
+@pytest.mark.parametrize("when", ["idle", "mid-step"])
+def test_a_stopped_worker_is_named_and_killed_and_a_new_engine_starts(path, when):
+    """It does not end by itself, nor when it is asked to: it hangs."""
+    llm = start(path, worker_timeout=1)
+    generate(llm)
+    [pid] = worker_pids()
+    if when == "idle":
+        os.kill(pid, signal.SIGSTOP)
+    else:
+        threading.Timer(0.3, os.kill, (pid, signal.SIGSTOP)).start()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"rank 1 hangs: .* for 1 s.* worker_timeout"):
+        for _ in range(50):
+            generate(llm, max_tokens=400)
+    assert time.monotonic() - began < PATIENCE
+    assert not worker_pids() and not watchdogs()
+    with pytest.raises(RuntimeError, match=r"closed by a failure: .*rank 1 hangs"):
+        generate(llm)
+    with start(path) as llm:
+        assert len(generate(llm)) == 2
+
+
+def test_a_step_that_takes_longer_than_the_timeout_is_left_alone(path):
+    """A rank that works gets on, however slowly."""
+    with start(path, worker_timeout=1) as llm:
+        expected = tokens_of(generate(llm, max_tokens=1))
+        for layer in llm.model_runner.model.model.layers:
+            layer.register_forward_hook(lambda *_: time.sleep(0.8))
+        began = time.monotonic()
+        assert tokens_of(generate(llm, max_tokens=1)) == expected
+        assert time.monotonic() - began > 1.5
+
+
+def test_a_stopped_worker_does_not_keep_an_engine_from_ending(path):
+    llm = start(path)
+    os.kill(worker_pids()[0], signal.SIGSTOP)
+    llm.exit()
+    assert not worker_pids()
 
 
 def test_a_worker_that_raises_is_reported_with_its_traceback_and_a_new_engine_starts(path):

@@ -51,8 +51,7 @@ def test_column_parallel_ranks_hold_the_rows_of_their_heads(size):
 def test_kv_heads_fewer_than_ranks_are_replicated_to_neighbours():
     k = torch.randn(2 * 4, 6)  # two heads of 4, four ranks
     for rank in range(4):
-        replicas = Rank(rank, 4).replicas(2, "num_key_value_heads")
-        layer = ColumnParallelLinear(6, {"k": 8}, False, Rank(rank, 4), {"k": replicas})
+        layer = ColumnParallelLinear(6, {"k": 8}, False, Rank(rank, 4), {"k": 2})
         layer.load_weight("weight", Loaded(k), "k")
         torch.testing.assert_close(layer.weight.data, k[rank // 2 * 4 : rank // 2 * 4 + 4])
 
@@ -85,10 +84,3 @@ def test_misshapen_weights_are_refused_even_where_a_slice_would_fit():
     layer = ColumnParallelLinear(6, {"q": 8}, False, Rank(0, 2))
     with pytest.raises(ShapeError, match=r"\[9, 6\].*\[8, 6\]"):
         layer.load_weight("weight", Loaded(torch.randn(9, 6)), "q")
-
-
-def test_heads_that_do_not_divide_say_which_sizes_work():
-    with pytest.raises(ValueError, match=r"num_attention_heads=6.*\[1, 2, 3, 6\]"):
-        TensorParallel(0, 4).divide(6, "num_attention_heads")
-    with pytest.raises(ValueError, match=r"num_key_value_heads=6.*\[1, 2, 3, 6\]"):
-        TensorParallel(0, 4).replicas(6, "num_key_value_heads")

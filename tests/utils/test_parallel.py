@@ -1,9 +1,12 @@
 """The collectives, with the ranks as threads of one process."""
 
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nanovllm.utils.parallel import TensorParallel, connect
 
@@ -45,3 +48,42 @@ def test_one_rank_needs_no_group():
     assert tp.group is None
     assert tp.all_reduce(x) is tp.gather_columns(x) is x
     assert tp.minimum(7, CPU) == 7
+
+
+def test_a_rank_gives_up_joining_when_the_others_have_gone_and_removed_the_rendezvous(tmp_path):
+    directory = tmp_path / "engine"
+    directory.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(connect, 0, 2, CPU, directory / "rendezvous")
+        time.sleep(0.5)
+        shutil.rmtree(directory)
+        assert isinstance(joining.exception(timeout=20), RuntimeError)
+
+
+def test_every_collective_is_counted_before_it_waits(on_ranks):
+    counts = []
+
+    def collectives(tp):
+        tp.count = lambda: counts.append(tp.rank)
+        tp.all_reduce(torch.ones(2))
+        tp.gather_columns(torch.ones(2, 1))
+        tp.minimum(1, CPU)
+        return tp.rank
+
+    ranks = on_ranks(collectives)
+    assert sorted(counts) == sorted(ranks * 3)
+
+
+def test_disconnecting_aborts_communicators_of_nccl_which_may_be_waiting(monkeypatch):
+    class Group:
+        num_aborts = 0
+
+        def abort(self):
+            self.num_aborts += 1
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Group, raising=False)
+    group = Group()
+    tp = TensorParallel(0, 2, group)
+    tp.disconnect()
+    tp.disconnect()
+    assert group.num_aborts == 1 and tp.group is None

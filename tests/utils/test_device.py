@@ -1,0 +1,66 @@
+"""What the machine, a container or the user leaves to an engine."""
+
+import os
+
+import pytest
+import torch
+
+from nanovllm.utils import cgroup, device
+
+
+@pytest.fixture
+def set_machine(monkeypatch):
+    """A machine on which PyTorch would take 64 threads, and nobody has chosen another number."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(device, "TORCH_THREADS", 64)
+
+    def set_machine(cores=64, allowed=128, limit=float("inf"), threads=64):
+        monkeypatch.setattr(device.psutil, "cpu_count", lambda logical: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(allowed), raising=False)
+        monkeypatch.setattr(cgroup, "cpu_limit", lambda: limit)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+    return set_machine
+
+
+def test_there_are_no_more_threads_than_can_run_at_once(set_machine):
+    for machine, expected in (
+        ({}, 64),
+        ({"limit": 4.0}, 4),
+        ({"limit": 2.5}, 3),
+        ({"limit": 0.1}, 1),
+        ({"allowed": 6}, 6),
+        ({"cores": 32}, 32),
+        ({"cores": None, "limit": 7.0}, 7),
+    ):
+        set_machine(**machine)
+        assert device.default_threads() == expected
+
+
+def test_a_number_of_threads_that_was_chosen_is_kept(set_machine, monkeypatch):
+    set_machine(limit=4.0, threads=10)
+    assert device.default_threads() == 10
+    set_machine(limit=4.0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    assert device.default_threads() == 64
+
+
+def test_processes_share_threads_but_those_that_omp_num_threads_gives_to_each(set_machine, monkeypatch):
+    set_machine(limit=4.0)
+    assert [device.default_threads(n) for n in (1, 2, 3, 8)] == [4, 2, 1, 1]
+    set_machine(limit=4.0, threads=10)
+    assert device.default_threads(2) == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "10")
+    assert device.default_threads(2) == 10
+
+
+@pytest.mark.parametrize(
+    ("machine", "limit", "expected"), [(1000, float("inf"), 1000), (1000, 400, 400), (300, 400, 300)]
+)
+def test_the_memory_of_a_cpu_is_the_machines_or_what_a_limit_leaves(monkeypatch, machine, limit, expected):
+    class Memory:
+        available = machine
+
+    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: Memory)
+    monkeypatch.setattr(cgroup, "memory_left", lambda: limit)
+    assert device.available_memory(torch.device("cpu"), 0.9) == expected
