@@ -29,6 +29,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, default_threads, upload
 from nanovllm.utils.loader import load_dummy, load_model
+from nanovllm.utils.openmp import stop_spinning
 from nanovllm.utils.parallel import TensorParallel
 
 LOGPROB_ROWS = 128  # of prompt tokens at a time, whose logits over the vocabulary are in memory together
@@ -48,9 +49,8 @@ class ModelRunner:
     def __init__(self, config: Config, tp: TensorParallel | None = None):
         self.config = config
         self.device = config.device
-        self.num_threads = torch.get_num_threads()
+        self.num_threads = default_threads()
         self.tp = tp or TensorParallel()
-        self.num_threads = default_threads()  # of PyTorch's, for who runs the steps
         times = [perf_counter()]
         self.model = self._build_model()
         times.append(perf_counter())
@@ -79,6 +79,7 @@ class ModelRunner:
     def enter_thread(self) -> None:
         """Prepares the thread that will run the steps: PyTorch's settings are each thread's own."""
         torch.set_num_threads(self.num_threads)
+        stop_spinning(self.num_threads)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.attentions[0].k_cache.device)
 

@@ -17,6 +17,7 @@ from nanovllm.engine.batch_codec import BatchCodec
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.workers import Channel, Workers
 from nanovllm.utils.device import default_threads
+from nanovllm.utils.openmp import stop_spinning
 from nanovllm.utils.parallel import TensorParallel, connect
 
 
@@ -118,6 +119,7 @@ class ParallelRunner(ModelRunner):
 def serve(rank: int, channel: Channel, rendezvous: Path, config: Config, num_threads: int) -> None:
     """What a further rank does all its life, once for each `(method, *args)` that rank 0 publishes."""
     torch.set_num_threads(num_threads)
+    stop_spinning(num_threads)
     config.device = rank_device(config.device, rank)
     channel.receive(rank)  # "join"
     tp = connect(rank, config.tensor_parallel_size, config.device, rendezvous)
