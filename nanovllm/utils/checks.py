@@ -33,6 +33,11 @@ def check_choice(name: str, value: object, choices: list[str]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, for a log; its representation if it says nothing."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def require(condition: bool, reason: str) -> None:
     if not condition:
         raise ValueError(reason)

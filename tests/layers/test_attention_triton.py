@@ -16,6 +16,7 @@ from aot import ALL, ARCHITECTURES, SHARED_LIMIT, compile_kernel
 from helpers import random_prompts, reference_tokens, save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.layers import attention_triton
+from nanovllm.layers.attention import Attention, _check_outputs
 from nanovllm.layers.attention_triton import TritonAttention, store_kvcache
 from nanovllm.utils.context import Context
 
@@ -174,6 +175,12 @@ def test_store_writes_each_token_to_its_slot_and_minus_one_nowhere(kv_heads, hea
         expected = torch.full_like(cache.flatten(0, 1), torch.nan)
         expected[slots[slots >= 0]] = new[slots >= 0]
         assert torch.equal(cache.flatten(0, 1).nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("block_size", [16, 256])
+def test_the_trial_at_start_up_passes(block_size, dtype):
+    _check_outputs(TritonAttention, DEVICE, dtype, Attention(4, 2, 64), block_size)
 
 
 def test_engine_matches_transformers(tmp_path, monkeypatch):
