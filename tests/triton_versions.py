@@ -29,7 +29,7 @@ def run(version: str) -> str:
         env = os.environ | {"PYTHONPATH": f"{directory}{os.pathsep}{ROOT}", "NANOVLLM_ALL_ARCHITECTURES": "1"}
         check = "import triton, sys; assert triton.__version__ == sys.argv[1], triton.__version__"
         subprocess.run([sys.executable, "-c", check, version], check=True, env=env)
-        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *FILES]
+        command = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", *FILES]
         command += ["-k", "architecture or ahead_of_time or compiles_anything or 16_bytes"]
         return subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True).stdout
 

@@ -86,15 +86,16 @@ def prefill_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtyp
     """
     width = max(triton.next_power_of_2(head_dim), 32)
     if dtype == torch.float32:  # no tensor cores
-        return {"ROWS": 16, "TILE": 16, "num_warps": max(width // 16, 4), "num_stages": 2}
+        return {"ROWS": 16, "TILE": 16, "num_warps": min(width // 8, 16), "num_stages": 2}
     tiles = {32: 128, 64: 128, 128: 64, 256: 32} if capability[0] in (9, 10) else {32: 32, 64: 64, 128: 32, 256: 16}
     return {"ROWS": 128 if width <= 128 else 64, "TILE": tiles[width], "num_warps": 8, "num_stages": 3}
 
 
 def decode_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """The same without ROWS: three programs a multiprocessor on Hopper, each with two tiles under way."""
+    width = max(triton.next_power_of_2(head_dim), 32)
     if dtype == torch.float32:
-        return {"TILE": 16, "num_warps": max(triton.next_power_of_2(head_dim) // 16, 4), "num_stages": 2}
+        return {"TILE": 16, "num_warps": min(width // 8, 16), "num_stages": 2}
     return {"TILE": 64 if head_dim <= 128 else 32, "num_warps": 4, "num_stages": 3}
 
 
