@@ -40,13 +40,13 @@ def main(versions: list[str]) -> int:
         output = run(version)
         print(output, file=sys.stderr, flush=True)
         ended = re.findall(r"^tests\S+::(\S+) (PASSED|FAILED|ERROR)", output, re.MULTILINE)
-        table[version] = Counter(((re.search(r"sm_\d+", name) or ["any"])[0], result) for name, result in ended)
-    columns = sorted({column for counts in table.values() for column, _ in counts}, key=lambda name: (len(name), name))
-    print("triton", *(column.rjust(12) for column in columns))
-    for version, counts in table.items():
-        cells = (f"{counts[c, 'PASSED']} of {sum(counts[c, r] for r in ('PASSED', 'FAILED', 'ERROR'))}" for c in columns)
-        print(version.ljust(6), *(cell.rjust(12) for cell in cells))
-    return int(any(result != "PASSED" for counts in table.values() for _, result in counts) or not all(table.values()))
+        results = [((re.search(r"sm_\d+", name) or ["any"])[0], result == "PASSED") for name, result in ended]
+        table[version] = Counter(name for name, _ in results), Counter(name for name, passed in results if passed)
+    columns = sorted({name for total, _ in table.values() for name in total}, key=lambda name: (len(name), name))
+    print("triton", *(name.rjust(8) for name in columns))
+    for version, (total, passed) in table.items():
+        print(version.ljust(6), *(f"{passed[name]} of {total[name]}".rjust(8) for name in columns))
+    return int(any(total != passed or not total for total, passed in table.values()))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def _check(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: 
 
 
 def store_kvcache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """What `attention_triton.store_kvcache` does, for where Triton does not work; every step stores at least a token."""
+    """What `attention_triton.store_kvcache` does, for where Triton does not work; every step stores a token."""
     is_stored = slot_mapping >= 0
     rows = torch.arange(len(k), device=k.device).where(is_stored, is_stored.int().argmax())  # others repeat the first
     for new, cache in ((k, k_cache), (v, v_cache)):

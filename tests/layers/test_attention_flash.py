@@ -410,7 +410,9 @@ def test_a_pytorch_without_block_tables_is_no_candidate(gpu, monkeypatch):
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("layer", "block_size"), [(LAYER, 256), (Attention(16, 8, 128), 512), (Attention(3, 1, 8), 256)])
+@pytest.mark.parametrize(
+    ("layer", "block_size"), [(LAYER, 256), (Attention(16, 8, 128), 512), (Attention(3, 1, 8), 256)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", STAND_INS)
 def test_the_trial_passes_what_computes_right(name, dtype, layer, block_size):
