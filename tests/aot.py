@@ -15,7 +15,9 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block of threads may have
+SHARED_LIMIT = {arch: n * 1024 for arch, n in {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}.items()}  # bytes
+ALL = "NANOVLLM_ALL_ARCHITECTURES" in os.environ  # else those that differ most; tests/triton_versions.py takes all
+ARCHITECTURES = list(SHARED_LIMIT) if ALL else [86, 90, 100]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def compile_kernel(
         kernel: What `triton.jit` made of a function at the top of a module.
         signature: Each run-time parameter's type as "i32" or "*bf16", followed by ":16" if 16 divides its value.
         constexprs: The values of the others.
-        arch: 80, 90 or 100, for sm_80 and so on.
+        arch: 80 for sm_80, and so on.
         num_warps: As at the launch.
         num_stages: As at the launch.
 

@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one table: each open check of docs/gpu-checks.md.
 
-    python -m tests.gpu_checks                          # all, in under 8 minutes on one H200
+    python -m tests.gpu_checks                          # all, in under 9 minutes on one H200
     python -m tests.gpu_checks --groups attention memory
     python -m tests.gpu_checks --json gpu.json          # the table's rows also as JSON
 
@@ -40,7 +40,7 @@ from nanovllm.layers.attention import BACKENDS, Attention, choose_backend
 from nanovllm.utils.context import Context
 
 Seen = tuple[str, str, str, bool | None]
-TOTAL_SECONDS = 480
+TOTAL_SECONDS = 510
 CUDA = torch.device("cuda")
 H, KH, D, LAYERS = 16, 8, 128, 28  # Qwen3-0.6B's
 
@@ -106,9 +106,10 @@ def used_share() -> float:
     return 1 - free / total
 
 
-def run_python(*args: str, timeout: float) -> str:
+def run_python(*args: str, timeout: float, **env: str) -> str:
     """What a Python process writes to standard output; a failure raises with the end of what it said."""
-    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    settings = {"cwd": ROOT, "env": os.environ | env, "capture_output": True, "text": True, "timeout": timeout}
+    done = subprocess.run([sys.executable, *args], **settings)
     print(done.stderr[-3000:], file=sys.stderr)
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
@@ -136,7 +137,7 @@ def native_tests(*files: str) -> Iterator[Seen]:
 
 @torch.inference_mode()
 def attention_accuracy() -> Iterator[Seen]:
-    """Prefill and decode of every backend against fp32."""
+    """Prefill and decode of every backend against fp32; few queries over long prefixes, too: FA2 may split those."""
     lens = [1, 7, 255, 256, 257, 700, 1024]
     for dtype, bound in ((torch.bfloat16, 2e-2), (torch.float16, 4e-3), (torch.float32, 1e-4)):
         for name, backend in working_backends(dtype).items():
@@ -151,8 +152,9 @@ def attention_accuracy() -> Iterator[Seen]:
             ]
             backend.store(torch.cat(keys), torch.cat(values), *caches, torch.cat(slots))
             worst = 0.0
-            for prefix in (0, 256):
-                new = [slice(prefix if n > prefix else 0, n) for n in lens]
+            for prefix in (0, 256, -3):
+                starts = [n + prefix if prefix < 0 else prefix for n in lens]
+                new = [slice(start if 0 < start < n else 0, n) for start, n in zip(starts, lens, strict=True)]
                 lens_q = [0] + [s.stop - s.start for s in new]
                 bounds = [torch.tensor(x).cumsum(0).int().to(CUDA) for x in (lens_q, [0, *lens])]
                 tables = context.block_tables if prefix else None
@@ -164,10 +166,16 @@ def attention_accuracy() -> Iterator[Seen]:
                     [reference(q[s], k, v) for q, k, v, s in zip(queries, keys, values, new, strict=True)]
                 )
                 worst = max(worst, (out.float() - truth).abs().max().item())
-            out = backend.decode(torch.stack([q[-1] for q in queries]), *caches, context)
+            last = torch.stack([q[-1] for q in queries])
+            out = backend.decode(last, *caches, context)
             truth = torch.cat([reference(q[-1:], k, v) for q, k, v in zip(queries, keys, values, strict=True)])
             worst = max(worst, (out.float() - truth).abs().max().item())
             yield f"attention {name} {dtype}: largest error", f"<= {bound}", f"{worst:.1e}", worst <= bound
+            for cache in caches:
+                cache.fill_(torch.nan)
+            backend.store(torch.cat(keys), torch.cat(values), *caches, torch.cat(slots))
+            seen = "finite" if backend.decode(last, *caches, context).isfinite().all() else "NaN"
+            yield f"attention {name} {dtype}: decode where NaN follows the keys", "a figure", seen, None
 
 
 def ceilings() -> Iterator[Seen]:
@@ -345,6 +353,36 @@ def largest_step() -> Iterator[Seen]:
     yield "512 sequences with options at 98%", "no error", f"{100 * share:.1f}% in use", True
 
 
+FALLBACK = """
+import json, logging, sys
+logging.basicConfig(level=logging.INFO, format="log: %(message)s", stream=sys.stdout)
+import torch
+if sys.argv[1] == "old":
+    torch.cuda.get_device_capability = lambda device=None: (7, 5)
+from nanovllm import LLM, SamplingParams
+with LLM(sys.argv[2], dtype="float32", device="cuda", num_kvcache_blocks=20) as llm:
+    params = SamplingParams(0, max_tokens=16, ignore_eos=True)
+    outputs = llm.generate([[1, 2, 3], list(range(300))], params, use_tqdm=False)
+print(json.dumps([output["token_ids"] for output in outputs]))
+"""
+
+
+def fallback() -> Iterator[Seen]:
+    """Without a C compiler, and on a GPU that says it is old: plain PyTorch in place of all Triton kernels."""
+    environments = {"triton": {}, "no C compiler": {"CC": "/nonexistent/cc"}, "old": {}}
+    expected = None
+    for name, env in environments.items():
+        with tempfile.TemporaryDirectory() as cache:  # where no launcher is compiled yet
+            out = run_python("-c", FALLBACK, name, str(DEMO_MODEL), timeout=60, TRITON_CACHE_DIR=cache, **env)
+        *log, tokens = out.strip().splitlines()
+        expected = expected or tokens
+        num_reasons = sum(line.startswith("log: no Triton kernels") for line in log)
+        is_equal = tokens == expected
+        yield f"{name}: fp32 tokens", "those with Triton", "equal" if is_equal else "differ", is_equal
+        wanted = int(name != "triton")
+        yield f"{name}: lines that say why no Triton", str(wanted), str(num_reasons), num_reasons == wanted
+
+
 START_UP = """
 import time
 start = time.perf_counter()
@@ -427,11 +465,12 @@ def tensor_parallel() -> Iterator[Seen]:
 
 
 TRITON_TESTS = "tests/layers/test_attention_triton.py"
-FUSED_TESTS = "tests/layers/test_fused.py", "tests/layers/test_sampler.py"
+FUSED_TESTS = [f"tests/layers/test_{name}.py" for name in ("fused", "sampler", "fallback")]
 GROUPS: dict[str, tuple[int, list[Callable[[], Iterator[Seen]]]]] = {  # seconds, checks of one process, in this order
     "attention": (60, [ceilings, attention_accuracy, large_cache, decode_bandwidth]),
     "graphs": (60, [graphs_equal_eager]),
     "parity": (60, [parity]),
+    "fallback": (75, [fallback]),
     "bench": (120, [classic_bench]),
     "start-up": (90, [start_up]),
     "prefill": (60, [prefill_rate]),

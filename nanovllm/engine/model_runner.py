@@ -180,9 +180,11 @@ class ModelRunner:
                 "max_num_batched_tokens or max_num_seqs, raise gpu_memory_utilization, or free memory"
             )
         shape = backend.cache_shape(config.num_kvcache_blocks, *layout)
+        # flash-attn 3 reads past a sequence's end: 0 times NaN is NaN. On a CPU zeros would take their memory at once.
+        allocate = torch.zeros if self.device.type == "cuda" else torch.empty
         for layer in self.attentions:
-            layer.k_cache = torch.empty(shape, dtype=config.dtype, device=self.device)
-            layer.v_cache = torch.empty(shape, dtype=config.dtype, device=self.device)
+            layer.k_cache = allocate(shape, dtype=config.dtype, device=self.device)
+            layer.v_cache = allocate(shape, dtype=config.dtype, device=self.device)
         return needed // num_sharing
 
     def _activation_bytes(self) -> int:

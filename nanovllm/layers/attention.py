@@ -6,7 +6,6 @@ Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim.
 import logging
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -14,10 +13,12 @@ from torch import Tensor, nn
 
 from nanovllm.layers.attention_cpu import CPUAttention, can_attend
 from nanovllm.layers.attention_flash import Opened, open_flash_attn, open_torch_varlen
-from nanovllm.utils.checks import require
+from nanovllm.layers.fused import triton_problem
+from nanovllm.utils.checks import first_line, require
 from nanovllm.utils.context import Context, get_context
 from nanovllm.utils.device import gpu_capability
 
+TOLERANCE = 0.05  # of a backend that is tried: above the rounding of any dtype, below what a wrong key or row makes
 logger = logging.getLogger("nanovllm")
 
 
@@ -65,7 +66,7 @@ class Attention(nn.Module):
 
 def open_triton(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> Opened:
     gpu_capability(device)
-    require(find_spec("triton") is not None, "the package triton is not installed")
+    require(triton_problem() is None, triton_problem())
     require(16 <= head_dim <= 256, f"it needs a head_dim of 16 to 256, the model has {head_dim}")
     return import_module("nanovllm.layers.attention_triton").TritonAttention, "triton"
 
@@ -96,27 +97,56 @@ def choose_backend(
         try:
             backend, label = BACKENDS[candidate](device, dtype, layer.head_dim, block_size)
             if backend is not CPUAttention:
-                _run_once(backend, device, dtype, layer, block_size)
+                _check_outputs(backend, device, dtype, layer, block_size)
         except Exception as error:  # whatever a compiler or a library raises
             if name != "auto":
                 raise ValueError(f"attention_backend={name!r} does not work here: {error}; 'auto' finds one") from error
-            reasons.append(f"not {candidate}: {(str(error).strip() or repr(error)).splitlines()[0]}")
+            reasons.append(f"not {candidate}: {first_line(error)}")
         else:
             level = logging.WARNING if device.type == "cuda" and backend is CPUAttention else logging.INFO
             logger.log(level, "; ".join([f"attention: {label}", *reasons]))
             return backend
 
 
-def _run_once(
+def _check_outputs(
     backend: AttentionBackend, device: torch.device, dtype: torch.dtype, layer: Attention, block_size: int
 ) -> None:
-    """Kernels may have been built for other GPUs, or their compiler may be missing."""
-    cache = torch.zeros(backend.cache_shape(1, block_size, layer.num_kv_heads, layer.head_dim), dtype=dtype).to(device)
-    q, k = (torch.zeros(1, n, layer.head_dim).to(device, dtype) for n in (layer.num_heads, layer.num_kv_heads))
-    slots, bounds = torch.zeros(1, dtype=torch.int64, device=device), torch.arange(2, dtype=torch.int32, device=device)
-    backend.store(k, k, cache, cache, slots)
-    tables = {"slot_mapping": slots, "context_lens": bounds[1:], "block_tables": bounds[:1].view(1, 1)}
-    backend.decode(q, cache, cache, Context(**tables))
-    backend.prefill(q, k, k, cache, cache, Context(True, bounds, bounds, 1, 1, **tables))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Kernels may be built for other GPUs, their compiler may be missing, and some releases compute wrong numbers."""
+    generator, num_heads, num_kv_heads = torch.Generator().manual_seed(0), layer.num_heads, layer.num_kv_heads
+    shapes = (14, num_heads), (block_size + 16, num_kv_heads), (block_size + 16, num_kv_heads)
+    q, k, v = (
+        torch.randn(*shape, layer.head_dim, dtype=torch.float32, generator=generator, device="cpu").to(device, dtype)
+        for shape in shapes
+    )
+    q = 3 * q  # of many keys a query sees a few
+    ours = _probe(backend, q, k, v, block_size)
+    truth = _probe(CPUAttention, q.float(), k.float(), v.float(), block_size)  # later: its memory was never `ours`
+    for name, out in ours.items():
+        error = (out - truth[name]).abs().max().item()
+        require(error <= TOLERANCE, f"its {name} is off by {error:.2g}")  # and so is NaN
+
+
+def _probe(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> dict[str, Tensor]:
+    """The last 5 of a block and 7 tokens, of which the others are in the cache, and 9 that are a sequence's first.
+
+    [14, H, D] queries, [block_size + 16, KH, D] keys and values.
+    """
+    device, lens = q.device, [block_size + 7, 9]
+    columns = -(-max(lens) // block_size)
+    tables = torch.arange(2 * columns, dtype=torch.int32, device=device).flip(0).view(2, columns)
+    positions = [torch.arange(n, device=device) for n in lens]
+    slots = [row[p // block_size] * block_size + p % block_size for row, p in zip(tables, positions, strict=True)]
+    shape = backend.cache_shape(2 * columns, block_size, *k.shape[1:])
+    caches = [torch.zeros(shape, dtype=q.dtype, device=device) for _ in "kv"]
+    backend.store(k, v, *caches, torch.cat(slots))
+    bounds_q, bounds_k, lens_k = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 5, 14], [0, lens[0], sum(lens)], lens)
+    )
+    alone = Context(True, bounds_q, bounds_q, 9, 9)
+    cached = Context(True, bounds_q, bounds_k, 9, max(lens), context_lens=lens_k, block_tables=tables)
+    decode = Context(max_seqlen_k=max(lens), context_lens=lens_k, block_tables=tables)
+    return {
+        "prefill": backend.prefill(q, k[-14:], v[-14:], *caches, alone),
+        "prefill over a cached prefix": backend.prefill(q, k[-14:], v[-14:], *caches, cached),
+        "decode": backend.decode(q[[4, 13]], *caches, decode),
+    }

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovllm.layers.fused import triton_problem
 from nanovllm.utils.checks import require
 from nanovllm.utils.context import Context
 from nanovllm.utils.device import gpu_capability
@@ -26,7 +27,7 @@ class _PagedAttention:
     """See `nanovllm.layers.attention.AttentionBackend`."""
 
     def __init__(self) -> None:
-        kernels = import_module("nanovllm.layers.attention_triton") if find_spec("triton") else None
+        kernels = import_module("nanovllm.layers.attention_triton") if triton_problem() is None else None
         self.store = kernels.store_kvcache if kernels else store_kvcache
 
     @staticmethod
@@ -42,11 +43,14 @@ class FlashAttention2(_PagedAttention):
     def __init__(self, module: ModuleType):
         super().__init__()
         self.varlen, self.with_kvcache = module.flash_attn_varlen_func, module.flash_attn_with_kvcache
+        # Releases that split the keys behind a block table leave outputs unwritten; those that can be told not to, are.
+        can_split = "num_splits" in inspect.signature(self.varlen).parameters
+        self.unsplit = {"num_splits": 1} if can_split else {}
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
         paged = {}
         if context.block_tables is not None:
-            k, v, paged = k_cache, v_cache, {self.block_table: context.block_tables}
+            k, v, paged = k_cache, v_cache, {self.block_table: context.block_tables, **self.unsplit}
         lens = context.cu_seqlens_q, context.cu_seqlens_k, context.max_seqlen_q, context.max_seqlen_k
         out = self.varlen(q, k, v, *lens, causal=True, **paged)
         return out[0] if isinstance(out, tuple) else out  # early releases of FA3 add the logarithms of the sums
@@ -123,7 +127,7 @@ def _check(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: 
 
 
 def store_kvcache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """What `attention_triton.store_kvcache` does, for where there is no Triton; every step stores at least a token."""
+    """What `attention_triton.store_kvcache` does, for where Triton does not work; every step stores a token."""
     is_stored = slot_mapping >= 0
     rows = torch.arange(len(k), device=k.device).where(is_stored, is_stored.int().argmax())  # others repeat the first
     for new, cache in ((k, k_cache), (v, v_cache)):

@@ -22,7 +22,8 @@ RAGGED = ["slots", "cu_seqlens_q", "cu_seqlens_k", "context_lens", "block_tables
 def store_kvcache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Writes [T, KH, D] keys and values to their slots of [blocks, block_size, KH, D] caches; -1 is not stored."""
     k, v = k.flatten(1), v.flatten(1)  # views: the heads of a token are contiguous
-    _store_kernel[(len(k),)](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), SIZE=k.shape[1])
+    size, block = k.shape[1], triton.next_power_of_2(k.shape[1])
+    _store_kernel[(len(k),)](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), size, block)
 
 
 class TritonAttention:
@@ -47,7 +48,9 @@ class TritonAttention:
         config = prefill_config(_device(q.device)[0], head_dim, q.dtype)
         _prefill_kernel[num_heads, num_tokens // config["ROWS"] + num_seqs](
             q, k, v, out, context.cu_seqlens_q, context.cu_seqlens_k, tables, num_seqs, tables.stride(0),
-            q.stride(0), k.stride(0), v.stride(0), H=num_heads, GROUP=group, D=head_dim, BLOCK_SIZE=block_size, **config
+            q.stride(0), k.stride(0), v.stride(0),
+            H=num_heads, GROUP=group, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
+            **config
         )  # fmt: skip
         return out
 
@@ -56,7 +59,8 @@ class TritonAttention:
         (num_seqs, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q.shape, k_cache.shape
         tables = context.block_tables
         capability, num_sms = _device(q.device)
-        config = decode_config(capability, head_dim, q.dtype)
+        config, block_d = decode_config(capability, head_dim, q.dtype), triton.next_power_of_2(head_dim)
+        group = num_heads // num_kv_heads
         # From what a CUDA graph fixes: the same for every batch that a graph is replayed for.
         wanted = triton.cdiv(PROGRAMS_PER_SM * num_sms, num_seqs * num_kv_heads)
         num_splits = min(wanted, triton.cdiv(tables.shape[1] * block_size, config["TILE"]), MAX_SPLITS)
@@ -65,32 +69,33 @@ class TritonAttention:
         out, q = q.new_empty(q.shape), q.flatten(1)
         _decode_kernel[num_kv_heads, num_seqs, num_splits](
             q, k_cache, v_cache, partial, log_sums, context.context_lens, tables, tables.stride(0), q.stride(0),
-            KH=num_kv_heads, GROUP=num_heads // num_kv_heads, D=head_dim, BLOCK_SIZE=block_size, **config
+            KH=num_kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),  # as few as tensor cores take
+            D=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, **config
         )  # fmt: skip
         _merge_splits_kernel[num_heads, num_seqs](
             partial, log_sums, out, context.context_lens, num_splits,
-            H=num_heads, D=head_dim, MAX_SPLITS=MAX_SPLITS, TILE=config["TILE"], num_warps=8
+            H=num_heads, D=head_dim, BLOCK_D=block_d, MAX_SPLITS=MAX_SPLITS, TILE=config["TILE"], num_warps=8
         )  # fmt: skip
         return out
 
 
 def prefill_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Queries a program (ROWS), keys a step (TILE), warps and pipeline stages: what fits and spills no register."""
+    """Queries a program (ROWS), keys a step (TILE), warps and pipeline stages: what fits and spills no register.
+
+    On Hopper and the larger Blackwell chips a program may have 227 KB of shared memory, on the smallest others 99 KB.
+    """
+    width = max(triton.next_power_of_2(head_dim), 32)
     if dtype == torch.float32:  # no tensor cores
-        rows, tile, warps, stages = 16, 16, 4, 2
-    elif capability[0] in (9, 10):  # 227 KB of shared memory
-        rows, tile, warps, stages = 128, 128 if head_dim <= 128 else 32, 8, 3 if head_dim <= 64 else 2
-    elif head_dim <= 128:  # 99 KB are enough from here on
-        rows, tile, warps, stages = (64, 32, 4, 3) if head_dim <= 32 else (128, 64, 8, 3)
-    else:
-        rows, tile, warps, stages = 64, 32, 8, 2
-    return {"ROWS": rows, "TILE": tile, "num_warps": warps, "num_stages": stages}
+        return {"ROWS": 16, "TILE": 16, "num_warps": min(width // 8, 16), "num_stages": 2}
+    tiles = {32: 128, 64: 128, 128: 64, 256: 32} if capability[0] in (9, 10) else {32: 32, 64: 64, 128: 32, 256: 16}
+    return {"ROWS": 128 if width <= 128 else 64, "TILE": tiles[width], "num_warps": 8, "num_stages": 3}
 
 
 def decode_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """The same without ROWS: three programs a multiprocessor on Hopper, each with two tiles under way."""
+    width = max(triton.next_power_of_2(head_dim), 32)
     if dtype == torch.float32:
-        return {"TILE": 16, "num_warps": 4, "num_stages": 2}
+        return {"TILE": 16, "num_warps": min(width // 8, 16), "num_stages": 2}
     return {"TILE": 64 if head_dim <= 128 else 32, "num_warps": 4, "num_stages": 3}
 
 
@@ -103,13 +108,15 @@ def _device(device: torch.device) -> tuple[tuple[int, int], int]:
 
 
 @triton.jit(do_not_specialize=RAGGED)
-def _store_kernel(k, v, k_cache, v_cache, slots, k_stride, v_stride, SIZE: tl.constexpr):
+def _store_kernel(
+    k, v, k_cache, v_cache, slots, k_stride, v_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """A program copies one token."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     if slot < 0:
         return
-    cols = tl.arange(0, triton.next_power_of_2(SIZE))
+    cols = tl.arange(0, BLOCK)
     tl.store(k_cache + slot * SIZE + cols, tl.load(k + token * k_stride + cols, mask=cols < SIZE), mask=cols < SIZE)
     tl.store(v_cache + slot * SIZE + cols, tl.load(v + token * v_stride + cols, mask=cols < SIZE), mask=cols < SIZE)
 
@@ -162,8 +169,8 @@ def _attend(
 @triton.jit(do_not_specialize=RAGGED)
 def _prefill_kernel(
     q, k, v, out, cu_seqlens_q, cu_seqlens_k, block_tables, num_seqs, columns, q_stride, k_stride, v_stride,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """A program takes one head's next ROWS queries of a sequence; the longest stretches of keys start first.
 
@@ -182,7 +189,7 @@ def _prefill_kernel(
     first = (piece - q_start // ROWS - seq) * ROWS
     if first >= len_q:
         return
-    rows, cols = first + tl.arange(0, ROWS), tl.arange(0, triton.next_power_of_2(D))
+    rows, cols = first + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     mask = (rows < len_q)[:, None] & (cols < D)[None, :]
     tokens = (q_start + rows).to(tl.int64)[:, None]
     queries = tl.load(q + tokens * q_stride + head * D + cols[None, :], mask=mask, other=0.0)
@@ -190,10 +197,10 @@ def _prefill_kernel(
     last = len_k - len_q + rows
     k, v = k + head // GROUP * D, v + head // GROUP * D
     block_table = block_tables + seq.to(tl.int64) * columns
-    end = min(len_k, len_k - len_q + first + ROWS)
+    end = tl.minimum(len_k, len_k - len_q + first + ROWS)
     visible_end = (len_k - len_q + first + 1) // TILE * TILE  # so far every row sees every key
     highest, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, cols.shape[0]], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     highest, total, acc = _attend(
         queries, k, v, k_stride, v_stride, k_start.to(tl.int64), block_table, 0, visible_end, last,
         highest, total, acc, D, BLOCK_SIZE, TILE, False
@@ -214,24 +221,24 @@ def _split_length(context_len, num_splits, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=RAGGED)
 def _decode_kernel(
     q, k_cache, v_cache, partial, log_sums, context_lens, block_tables, columns, q_stride,
-    KH: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
+    KH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """A program takes the queries of one group over one stretch of a sequence's keys (Flash-Decoding)."""
     kv_head, seq, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     context_len = tl.load(context_lens + seq)
     length = _split_length(context_len, tl.num_programs(2), TILE)
-    start, end = split * length, min(context_len, (split + 1) * length)
+    start, end = split * length, tl.minimum(context_len, (split + 1) * length)
     if start >= end:
         return
-    ROWS: tl.constexpr = max(16, triton.next_power_of_2(GROUP))  # as few as tensor cores take
-    rows, cols = tl.arange(0, ROWS), tl.arange(0, triton.next_power_of_2(D))
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     mask = (rows < GROUP)[:, None] & (cols < D)[None, :]
     heads = kv_head * GROUP + rows
     queries = tl.load(q + seq * q_stride + heads[:, None] * D + cols[None, :], mask=mask, other=0.0)
     highest, total, acc = _attend(
         queries, k_cache + kv_head * D, v_cache + kv_head * D, KH * D, KH * D, 0, block_tables + seq * columns,
         start, end, tl.full([ROWS], end - 1, tl.int32), tl.full([ROWS], float("-inf"), tl.float32),
-        tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, cols.shape[0]], tl.float32), D, BLOCK_SIZE, TILE, True
+        tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32), D, BLOCK_SIZE, TILE, True
     )  # fmt: skip
     places = (seq * KH * GROUP + heads) * tl.num_programs(2) + split
     tl.store(log_sums + places, highest + tl.log2(total), mask=rows < GROUP)
@@ -241,12 +248,12 @@ def _decode_kernel(
 @triton.jit(do_not_specialize=RAGGED)
 def _merge_splits_kernel(
     partial, log_sums, out, context_lens, num_splits,
-    H: tl.constexpr, D: tl.constexpr, MAX_SPLITS: tl.constexpr, TILE: tl.constexpr
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MAX_SPLITS: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Weighs a head's partial outputs by their sums; the output over no keys is zero."""
     head = tl.program_id(1).to(tl.int64) * H + tl.program_id(0)
     context_len = tl.load(context_lens + tl.program_id(1))
-    splits, cols = tl.arange(0, MAX_SPLITS), tl.arange(0, triton.next_power_of_2(D))
+    splits, cols = tl.arange(0, MAX_SPLITS), tl.arange(0, BLOCK_D)
     used = splits * _split_length(context_len, num_splits, TILE) < context_len
     log_sum = tl.load(log_sums + head * num_splits + splits, mask=used, other=float("-inf"))
     weights = tl.exp2(log_sum - tl.maximum(tl.max(log_sum, 0), -1e30))

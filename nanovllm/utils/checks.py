@@ -40,6 +40,11 @@ def nearest_name(name: str, names: Sequence[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.7)), None)
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, for a log; its representation if it says nothing."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def require(condition: bool, reason: str) -> None:
     if not condition:
         raise ValueError(reason)

@@ -3,6 +3,7 @@
 import logging
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -45,20 +46,15 @@ def runner(path, monkeypatch):
 
 
 def allocate(runner: ModelRunner, graph_bytes: int = 0) -> int:
-    """Blocks of the cache, which is not made."""
+    """Blocks of the cache, which is not made: a GPU's must be zero, since kernels may read past a sequence's end."""
     backend = runner.attentions[0].backend
-    real_empty, real_upload = torch.empty, model_runner.upload
-
-    def empty(*shape, device=None, **kw):
-        return real_empty(*shape, **kw) if device is None else real_empty(1)
-
+    zeros, real_upload = object(), model_runner.upload
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            torch, "empty", lambda *shape, device=None, **kw: real_empty(1) if device else real_empty(*shape, **kw)
-        )
+        patched.setattr(torch, "zeros", lambda shape, dtype, device: zeros)
         patched.setattr(model_runner, "upload", lambda arrays, device: real_upload(arrays, torch.device("cpu")))
-        patched.setattr(torch, "ones", lambda n, device=None: torch.zeros(n) + 1)
+        patched.setattr(torch, "ones", lambda n, device=None: torch.empty(n).fill_(1))
         assert runner._allocate_kv_cache(backend, 64, graph_bytes) == runner.config.num_kvcache_blocks * BLOCK_BYTES
+    assert all(layer.k_cache is zeros and layer.v_cache is zeros for layer in runner.attentions)
     return runner.config.num_kvcache_blocks
 
 
@@ -113,6 +109,15 @@ def test_a_step_that_does_not_fit_beside_the_weights_names_the_settings(runner, 
     monkeypatch.setattr(made, "forward", forward)
     with pytest.raises(ValueError, match=r"lower max_num_batched_tokens or max_num_seqs. PyTorch said: CUDA out of"):
         allocate(made)
+
+
+def test_a_cache_on_the_cpu_takes_memory_only_as_it_is_filled(path):
+    process = psutil.Process()
+    before = process.memory_info().rss
+    config = Config(str(path), kvcache_block_size=8, dtype="float32", device="cpu", num_kvcache_blocks=40_000)
+    runner = ModelRunner(config)
+    assert sum(layer.k_cache.nbytes + layer.v_cache.nbytes for layer in runner.attentions) == 40_000 * BLOCK_BYTES
+    assert process.memory_info().rss - before < 40_000 * BLOCK_BYTES / 2
 
 
 def test_start_up_is_reported_in_one_line(path, caplog):

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from aot import SHARED_LIMIT, compile_kernel
+from aot import ARCHITECTURES, SHARED_LIMIT, compile_kernel
 from launches import Specialization, record, without_interpreter
 from nanovllm.engine.cuda_graphs import graph_sizes
 from nanovllm.utils.context import Context
@@ -78,7 +78,7 @@ def record_ragged() -> tuple[set[Specialization], set[Specialization], dict[tupl
 def record_shapes(arch: int) -> set[Specialization]:
     from nanovllm.layers import attention_triton
 
-    attention_triton._device = lambda device: ((arch // 10, 0), 100)
+    attention_triton._device = lambda device: (divmod(arch, 10), 100)
     return record(lambda: [launch_step(17, 17, shape) for shape in SHAPES.values()], arch)
 
 
@@ -91,7 +91,7 @@ def test_no_batch_compiles_anything_after_a_warm_up():
     assert min(careless.values()) > len(warm_up), careless
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
 def test_what_is_launched_in_bf16_fits_each_architecture(arch):
     from nanovllm.layers import attention_triton
 

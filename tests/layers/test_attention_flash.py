@@ -185,7 +185,7 @@ def test_the_stand_in_has_the_signature_of_the_installed_pytorch():
 
 
 def make(name: str):
-    with patch("nanovllm.layers.attention_flash.find_spec", return_value=None):  # Triton has no CPU
+    with patch("nanovllm.layers.attention_flash.triton_problem", return_value="it has no CPU"):
         return STAND_INS[name]()
 
 
@@ -296,13 +296,15 @@ def gpu(monkeypatch):
 
     def pretend(capability=(9, 0), installed=(), failing=()):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        known = {"triton": ModuleType("triton"), "flash_attn": fa2(), "flash_attn_interface": fa3()}
+        known = {"flash_attn": fa2(), "flash_attn_interface": fa3()}
         finds = {name: ModuleSpec(name, None) if name in installed else None for name in known}
-        for file in (attention, sys.modules["nanovllm.layers.attention_flash"]):
-            monkeypatch.setattr(file, "find_spec", lambda name: finds.get(name, True))
-        for name in installed:
-            if name != "triton":
-                monkeypatch.setitem(sys.modules, name, known[name])
+        file = sys.modules["nanovllm.layers.attention_flash"]
+        monkeypatch.setattr(file, "find_spec", lambda name: finds.get(name, True))
+        problem = None if "triton" in installed else "the package triton is not installed"
+        for module in (attention, file):
+            monkeypatch.setattr(module, "triton_problem", lambda: problem)
+        for name in known.keys() & set(installed):
+            monkeypatch.setitem(sys.modules, name, known[name])
         kernels = ModuleType("nanovllm.layers.attention_triton")
         kernels.TritonAttention = type("TritonAttention", (), {})
         kernels.store_kvcache = store_kvcache
@@ -310,11 +312,11 @@ def gpu(monkeypatch):
         module = pytest.importorskip("torch.nn.attention.varlen")
         monkeypatch.setattr(module, "varlen_attn", varlen_attn)
 
-        def run_once(backend, *args):
+        def check_outputs(backend, *args):
             if type(backend).__name__ in failing or getattr(backend, "__name__", "") in failing:
                 raise RuntimeError("no kernel image is available\nfor execution")
 
-        monkeypatch.setattr(attention, "_run_once", run_once)
+        monkeypatch.setattr(attention, "_check_outputs", check_outputs)
 
     return pretend
 
@@ -405,10 +407,84 @@ def test_a_pytorch_without_block_tables_is_no_candidate(gpu, monkeypatch):
         chosen("torch_varlen")
 
 
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("layer", "block_size"), [(LAYER, 256), (Attention(16, 8, 128), 512), (Attention(3, 1, 8), 256)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", STAND_INS)
-def test_the_trial_run_satisfies_the_kernels(name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    attention._run_once(make(name), torch.device("cpu"), torch.bfloat16, LAYER, 256)
+def test_the_trial_passes_what_computes_right(name, dtype, layer, block_size):
+    attention._check_outputs(make(name), CPU, dtype, layer, block_size)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 8, 16, 48])
+def test_the_trial_is_for_any_block_size(block_size):
+    attention._check_outputs(make("fa3"), CPU, torch.bfloat16, LAYER, block_size)
+    attention._check_outputs(CPUAttention, CPU, torch.float32, LAYER, block_size)
+
+
+def leave_rows_unwritten(module: ModuleType) -> None:
+    """As FA2 does that splits the keys behind a block table: all but the first sequence's."""
+    right = module.flash_attn_varlen_func
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, *args, block_table=None, **kwargs):
+        out = right(q, k, v, cu_seqlens_q, *args, block_table=block_table, **kwargs)
+        if block_table is not None:
+            out[cu_seqlens_q[1] :] = 0
+        return out
+
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+
+
+def miss_the_second_block(module: ModuleType) -> None:
+    right = module.flash_attn_with_kvcache
+    module.flash_attn_with_kvcache = lambda *args, block_table, **kwargs: right(
+        *args, block_table=block_table[:, :1].repeat(1, 2), **kwargs
+    )
+
+
+def return_nan(module: ModuleType) -> None:
+    right = module.flash_attn_varlen_func
+    module.flash_attn_varlen_func = lambda *args, **kwargs: right(*args, **kwargs).index_fill(
+        0, torch.tensor([3]), torch.nan
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (leave_rows_unwritten, "its prefill over a cached prefix is off by"),
+        (miss_the_second_block, "its decode is off by"),
+        (return_nan, "its prefill is off by nan"),
+    ],
+)
+def test_what_computes_wrong_is_refused_with_the_reason(spoil, reason, monkeypatch, caplog):
+    module = fa2()
+    spoil(module)
+    with patch("nanovllm.layers.attention_flash.triton_problem", return_value="it has no CPU"):
+        backend = FlashAttention2(module)
+    monkeypatch.setitem(BACKENDS, "flash_attn", lambda *settings: (backend, "flash_attn"))
+    caplog.set_level(logging.INFO, "nanovllm")
+    assert choose_backend("auto", CPU, torch.bfloat16, LAYER, 256) is CPUAttention
+    assert f"not flash_attn: {reason}" in caplog.text
+    with pytest.raises(ValueError, match=f"'flash_attn' does not work here: {reason}"):
+        choose_backend("flash_attn", CPU, torch.bfloat16, LAYER, 256)
+
+
+def test_fa2_that_can_split_the_keys_behind_a_table_is_told_not_to():
+    module, asked = fa2(), []
+    right = module.flash_attn_varlen_func
+
+    def flash_attn_varlen_func(*args, block_table=None, num_splits=0, **kwargs):
+        asked.append((block_table is not None, num_splits))
+        return right(*args, block_table=block_table, **kwargs)
+
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    with patch("nanovllm.layers.attention_flash.triton_problem", return_value="it has no CPU"):
+        attention._check_outputs(FlashAttention2(module), CPU, torch.bfloat16, LAYER, 256)
+    assert asked == [(False, 0), (True, 1)]
 
 
 def test_a_cpu_takes_the_plain_one():

@@ -3,15 +3,22 @@
 Whatever a kernel may not read is NaN or far out of range, and so is its output before it writes.
 """
 
+import ast
+import importlib
+import inspect
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from aot import SHARED_LIMIT, compile_kernel
+import triton
+
+from aot import ALL, ARCHITECTURES, SHARED_LIMIT, compile_kernel
 from helpers import random_prompts, reference_tokens, save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.layers import attention_triton
+from nanovllm.layers.attention import Attention, _check_outputs
 from nanovllm.layers.attention_triton import TritonAttention, store_kvcache
 from nanovllm.utils.context import Context
 
@@ -172,6 +179,12 @@ def test_store_writes_each_token_to_its_slot_and_minus_one_nowhere(kv_heads, hea
         assert torch.equal(cache.flatten(0, 1).nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("block_size", [16, 256])
+def test_the_trial_at_start_up_passes(block_size, dtype):
+    _check_outputs(TritonAttention, DEVICE, dtype, Attention(4, 2, 64), block_size)
+
+
 def test_engine_matches_transformers(tmp_path, monkeypatch):
     model = save_model(tmp_path)
     prompts = random_prompts([1, 9, 16, 21])
@@ -186,8 +199,11 @@ def test_engine_matches_transformers(tmp_path, monkeypatch):
 
 # The dtypes, head_dims and block sizes that tests/layers/test_attention_compiled.py leaves out.
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-VARIANTS = [(torch.bfloat16, head_dim, 256) for head_dim in (32, 80, 256)]
-VARIANTS += [(torch.bfloat16, 128, 16), (torch.float32, 128, 256)]
+VARIANTS = [(torch.bfloat16, head_dim, 2, 256) for head_dim in (32, 80, 256)]  # dtype, head_dim, group, block size
+VARIANTS += [(torch.bfloat16, 128, 2, 16), (torch.float32, 128, 2, 256)]
+if ALL:
+    VARIANTS += [(torch.bfloat16, head_dim, 20, 16) for head_dim in (16, 48, 64, 96, 160, 256)]
+    VARIANTS += [(torch.float32, head_dim, group, 256) for head_dim, group in ((64, 2), (128, 20), (256, 2), (256, 20))]
 
 
 def check_binary(kernel, tensors: str, others: str, arch: int, dtype: torch.dtype, constexprs: dict) -> None:
@@ -201,28 +217,48 @@ def check_binary(kernel, tensors: str, others: str, arch: int, dtype: torch.dtyp
     assert binary.spilled == 0
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize(("dtype", "head_dim", "block_size"), VARIANTS, ids=str)
-def test_kernels_fit_each_architecture(arch, dtype, head_dim, block_size):
-    config = attention_triton.prefill_config((arch // 10, 0), head_dim, dtype)
-    check_binary(
-        attention_triton._prefill_kernel, "q k v out",
-        "cu_seqlens_q=*i32 cu_seqlens_k=*i32 block_tables=*i32 num_seqs=i32 columns=i32 "
-        "q_stride=i32:16 k_stride=i32:16 v_stride=i32:16",
-        arch, dtype, {"H": 16, "GROUP": 2, "D": head_dim, "BLOCK_SIZE": block_size, **config},
-    )  # fmt: skip
-    config = attention_triton.decode_config((arch // 10, 0), head_dim, dtype)
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
+@pytest.mark.parametrize(("dtype", "head_dim", "group", "block_size"), VARIANTS, ids=str)
+def test_kernels_fit_each_architecture(arch, dtype, head_dim, group, block_size):
+    capability, block_d = divmod(arch, 10), triton.next_power_of_2(head_dim)
+    for block in (0, block_size):  # without and with a cached prefix
+        config = attention_triton.prefill_config(capability, head_dim, dtype)
+        constexprs = {"H": 16, "GROUP": group, "D": head_dim, "BLOCK_D": block_d, "BLOCK_SIZE": block, **config}
+        check_binary(
+            attention_triton._prefill_kernel, "q k v out",
+            "cu_seqlens_q=*i32 cu_seqlens_k=*i32 block_tables=*i32 num_seqs=i32 columns=i32 "
+            "q_stride=i32:16 k_stride=i32:16 v_stride=i32:16",
+            arch, dtype, constexprs,
+        )  # fmt: skip
+    config = attention_triton.decode_config(capability, head_dim, dtype)
+    rows = max(16, triton.next_power_of_2(group))
     check_binary(
         attention_triton._decode_kernel, "q k_cache v_cache",
         "partial=*fp32:16 log_sums=*fp32:16 context_lens=*i32 block_tables=*i32 columns=i32 q_stride=i32:16",
-        arch, dtype, {"KH": 8, "GROUP": 2, "D": head_dim, "BLOCK_SIZE": block_size, **config},
+        arch, dtype,
+        {"KH": 8, "GROUP": group, "ROWS": rows, "D": head_dim, "BLOCK_D": block_d, "BLOCK_SIZE": block_size, **config},
     )  # fmt: skip
+    splits = {"MAX_SPLITS": attention_triton.MAX_SPLITS, "TILE": config["TILE"], "num_warps": 8}
     check_binary(
         attention_triton._merge_splits_kernel, "out",
-        "partial=*fp32:16 log_sums=*fp32:16 context_lens=*i32 num_splits=i32", arch, dtype,
-        {"H": 16, "D": head_dim, "MAX_SPLITS": attention_triton.MAX_SPLITS, "TILE": config["TILE"], "num_warps": 8},
+        "partial=*fp32:16 log_sums=*fp32:16 context_lens=*i32 num_splits=i32",
+        arch, dtype, {"H": 16, "D": head_dim, "BLOCK_D": block_d, **splits},
     )  # fmt: skip
     check_binary(
         attention_triton._store_kernel, "k v k_cache v_cache", "slots=*i64 k_stride=i32:16 v_stride=i32:16",
-        arch, dtype, {"SIZE": 8 * head_dim},
+        arch, dtype, {"SIZE": 8 * head_dim, "BLOCK": 8 * block_d},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["attention_triton", "fused_triton"])
+def test_kernels_call_nothing_but_the_language_and_each_other(module):
+    """Python's own `min` and `max` and Triton's helpers for the host compile in some versions of Triton only."""
+    module = importlib.import_module(f"nanovllm.layers.{module}")
+    kernels = {name: x for name, x in vars(module).items() if hasattr(x, "arg_names")}
+    for name, kernel in kernels.items():
+        [function] = ast.parse(inspect.getsource(kernel.fn)).body
+        for node in (node for statement in function.body for node in ast.walk(statement)):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                is_method = isinstance(node.func, ast.Attribute) and not called.startswith("triton.")
+                assert is_method or called in ("range", "float", *kernels), f"{name} calls {called}"

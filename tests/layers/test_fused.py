@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from aot import Binary, compile_kernel
+from aot import ARCHITECTURES, Binary, compile_kernel
 from helpers import make_config, random_prompts, save_model
 from launches import Specialization, record, without_interpreter
 from nanovllm import LLM, SamplingParams
@@ -244,7 +244,7 @@ def test_no_batch_compiles_anything_after_a_warm_up(recorded):
     assert grown == {"_norm_rope_kernel", "_sum_kernel", "_pick_kernel"}
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
 def test_every_kernel_compiles_ahead_of_time_without_spills(ops, recorded, arch):
     every = set.union(*recorded.shapes.values())
     assert {each.kernel for each in every} == {name for name in vars(ops) if name.endswith("_kernel")}
