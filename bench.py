@@ -61,6 +61,7 @@ from nanovllm.engine.model_runner import make_inputs
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers import cpu_kernels
+from nanovllm.layers.attention_cpu import CPUAttention
 from nanovllm.utils.device import default_batched_tokens, resolve_device, upload
 
 QWEN3_0_6B = {
@@ -441,7 +442,7 @@ def shared_prefix(args: argparse.Namespace, config: Config) -> Figures:
         generate(Workload([warmup], [1]))
     figures: Figures = {"engine": args.engine, "dtype": dtype_name(config), "device": str(config.device)}
     figures |= {"num_seqs": n, "shared_prefix_len": length, "suffix_len": SUFFIX_LEN}
-    figures["kvcache_block_size"] = args.kvcache_block_size
+    figures["kvcache_block_size"] = args.kvcache_block_size or "the default size"
     for name, group in (("distinct", prompts[:n]), ("shared", shared)):
         run = timed(generate, Workload(group, [1] * n))
         figures |= {f"{name}_seconds": run["seconds"], f"{name}_tokens_computed": run.get("prefill_tokens", "?")}
@@ -452,6 +453,7 @@ def control_plane(args: argparse.Namespace) -> Figures:
     """Of a decode step, while no sequence finishes and while one often does: microseconds of its bookkeeping, and
     bytes that each further tensor-parallel rank is sent."""
     figures: Figures = {"num_seqs": args.num_seqs, "num_steps": args.num_steps}
+    args.kvcache_block_size = args.kvcache_block_size or CPUAttention.block_size
     figures |= {"kvcache_block_size": args.kvcache_block_size, "finish_interval": FINISH_INTERVAL}
     for load, is_steady in (("steady", True), ("finishing", False)):
         *seconds, num_bytes = bookkeeping(args, is_steady).T
@@ -595,10 +597,11 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     text = "a JSON object of the engine's own settings: arguments of vllm.LLM, properties of OpenVINO"
     group.add_argument("--engine-args", type=json.loads, metavar="JSON", default={}, help=text)
+    chosen = {"max_num_batched_tokens": "16384, on a CPU 1024", "kvcache_block_size": "64, for FlashAttention 2 256"}
     for name, text in ENGINE_OPTIONS.items():
         default = CONFIG_DEFAULTS[name]
-        kind = int if name == "max_num_batched_tokens" else str if default is None else type(default)
-        shown = "16384, on a CPU 1024" if name == "max_num_batched_tokens" else default
+        kind = int if name in chosen else str if default is None else type(default)
+        shown = chosen.get(name, default)
         group.add_argument(flag(name), type=kind, metavar="X", default=default, help=f"{text} ({shown})")
     return parser
 

@@ -56,7 +56,8 @@ class Config:
     tensor_parallel_size: int = 1  # processes that share the model, 1 to 8; on CUDA each has a GPU
     worker_timeout: float = 60.0  # seconds without progress in a step, after which a tensor-parallel rank hangs
     enforce_eager: bool = False  # no CUDA graphs or recordings for decode
-    kvcache_block_size: int = 256  # tokens per block of the KV cache, also the unit of prefix caching
+    # Tokens per block of the KV cache, also the unit of prefix caching; None: `layers.attention` knows what is fast.
+    kvcache_block_size: int | None = None
     num_kvcache_blocks: int = -1  # -1 fills the memory budget: see `utils.device.default_cache_bytes`
     hf_config: PretrainedConfig | None = None  # read from the checkpoint by default
     eos: int | Sequence[int] | None = None  # ids that end a completion; read from the checkpoint by default
@@ -92,8 +93,10 @@ class Config:
         self.eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos)
 
     def _check_ranges(self) -> None:
-        for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "kvcache_block_size"):
+        for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len"):
             check_int(name, getattr(self, name), 1)
+        if self.kvcache_block_size is not None:
+            check_int("kvcache_block_size", self.kvcache_block_size, 1)
         check_int("tensor_parallel_size", self.tensor_parallel_size, 1, 8)
         check_int("seed", self.seed)
         check_int("num_kvcache_blocks", self.num_kvcache_blocks, -1)

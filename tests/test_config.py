@@ -26,7 +26,7 @@ def edit_config(path, **changes) -> None:
 def test_defaults(path):
     settings = Config(str(path))
     assert (settings.max_num_batched_tokens, settings.max_num_seqs) == (1024, 512)  # the first is 16384 on CUDA
-    assert (settings.kvcache_block_size, settings.num_kvcache_blocks) == (256, -1)
+    assert (settings.kvcache_block_size, settings.num_kvcache_blocks) == (None, -1)
     assert settings.max_model_len == 512  # 4096, lowered to the model's
     assert settings.eos_token_ids == {1}
 

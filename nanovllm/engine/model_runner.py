@@ -55,11 +55,11 @@ class ModelRunner:
         self.model = self._build_model()
         times.append(perf_counter())
         self.attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
-        self.block_size = config.kvcache_block_size
+        layer, wanted = self.attentions[0], config.kvcache_block_size
+        backend = choose_backend(config.attention_backend, self.device, config.dtype, layer, wanted)
+        self.block_size = config.kvcache_block_size = wanted or backend.block_size
         max_blocks = -(-config.max_model_len // self.block_size)
         self.batch_builder = BatchBuilder(self.block_size, max_blocks)
-        layer = self.attentions[0]
-        backend = choose_backend(config.attention_backend, self.device, config.dtype, layer, self.block_size)
         sizes = graph_sizes(config.max_num_seqs) if self._can_capture(backend) else []
         cache_bytes = self._allocate_kv_cache(backend, max_blocks, len(sizes) * GRAPH_BYTES)
         times.append(perf_counter())

@@ -25,6 +25,8 @@ logger = logging.getLogger("nanovllm")
 class AttentionBackend(Protocol):
     """How keys and values are stored and read. Stateless; `k_cache` and `v_cache` are one layer's."""
 
+    block_size: int  # the smallest with which it is as fast as with any
+
     @staticmethod
     def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         """The layout of `k_cache` and of `v_cache`."""
@@ -86,18 +88,18 @@ BACKENDS: dict[str, Callable[[torch.device, torch.dtype, int, int], Opened]] = {
 
 
 def choose_backend(
-    name: str, device: torch.device, dtype: torch.dtype, layer: Attention, block_size: int
+    name: str, device: torch.device, dtype: torch.dtype, layer: Attention, block_size: int | None
 ) -> AttentionBackend:
     """The backend called `name`; "auto" is the first of `BACKENDS` that works here, and logs why no earlier one does.
 
-    ValueError if the one that was asked for cannot run here; the message says why.
+    A `block_size` of None is each backend's own. ValueError if the one that was asked for cannot run here, and why.
     """
     reasons = []
     for candidate in BACKENDS if name == "auto" else [name]:
         try:
-            backend, label = BACKENDS[candidate](device, dtype, layer.head_dim, block_size)
+            backend, label = BACKENDS[candidate](device, dtype, layer.head_dim, block_size or 256)  # which all take
             if backend is not CPUAttention:
-                _check_outputs(backend, device, dtype, layer, block_size)
+                _check_outputs(backend, device, dtype, layer, block_size or backend.block_size)
         except Exception as error:  # whatever a compiler or a library raises
             if name != "auto":
                 raise ValueError(f"attention_backend={name!r} does not work here: {error}; 'auto' finds one") from error

@@ -17,6 +17,8 @@ from nanovllm.utils.context import Context
 class CPUAttention:
     """See `nanovllm.layers.attention.AttentionBackend`."""
 
+    block_size = 64  # a tile of keys
+
     @staticmethod
     def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         return num_blocks, num_kv_heads, block_size, head_dim

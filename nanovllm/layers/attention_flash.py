@@ -38,6 +38,7 @@ class _PagedAttention:
 class FlashAttention2(_PagedAttention):
     """Dao, 2023, arXiv:2307.08691."""
 
+    block_size = 256  # it takes no smaller
     block_table = "block_table"  # the argument's name
 
     def __init__(self, module: ModuleType):
@@ -63,6 +64,7 @@ class FlashAttention2(_PagedAttention):
 class FlashAttention3(FlashAttention2):
     """Shah et al., 2024, arXiv:2407.08608. Takes blocks of any size."""
 
+    block_size = 64
     block_table = "page_table"
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
@@ -75,6 +77,8 @@ class FlashAttention3(FlashAttention2):
 
 class TorchVarlen(_PagedAttention):
     """PyTorch's. It may not split the keys behind a block table, else it leaves outputs unwritten (pytorch#194167)."""
+
+    block_size = 256  # FA2 is inside
 
     def __init__(self, varlen_attn: Callable[..., Tensor]):
         super().__init__()

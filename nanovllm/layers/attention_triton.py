@@ -29,6 +29,8 @@ def store_kvcache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_m
 class TritonAttention:
     """See `nanovllm.layers.attention.AttentionBackend`. Caches are contiguous; head_dim is 16 to 256."""
 
+    block_size = 64  # a tile of keys is in one block
+
     @staticmethod
     def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         return num_blocks, block_size, num_kv_heads, head_dim

@@ -101,6 +101,17 @@ def test_the_progress_bar_counts_prompts_and_shows_both_rates(llm, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_short_header_in_common_is_found_by_default(checkpoint):
+    """With blocks as small as the backend likes: of 228 tokens 192 and more."""
+    settings = SETTINGS | {"kvcache_block_size": None}
+    with LLM(str(checkpoint[0]), **settings) as llm:
+        [header] = random_prompts([228], seed=12)
+        generate(llm, [[*header, 5]])
+        [output] = generate(llm, [[*header, 6, 7]])
+        assert output["num_cached_tokens"] >= 192
+        assert llm.config.kvcache_block_size == llm.block_manager.block_size
+
+
 # ---- step by step
 
 

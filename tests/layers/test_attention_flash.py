@@ -487,6 +487,17 @@ def test_fa2_that_can_split_the_keys_behind_a_table_is_told_not_to():
     assert asked == [(False, 0), (True, 1)]
 
 
+def test_each_backend_has_blocks_of_its_own_size(monkeypatch):
+    """FlashAttention 2 takes multiples of 256; the others are as fast with small ones, and find more in the cache."""
+    with patch("nanovllm.layers.attention_flash.triton_problem", return_value="it has no CPU"):
+        backend = FlashAttention2(fa2())
+    opened = []
+    monkeypatch.setitem(BACKENDS, "flash_attn", lambda *settings: opened.append(settings[3]) or (backend, "flash_attn"))
+    assert choose_backend("auto", CPU, torch.bfloat16, LAYER, None).block_size == 256
+    assert opened == [256]
+    assert FlashAttention3.block_size == CPUAttention.block_size == 64
+
+
 def test_a_cpu_takes_the_plain_one():
     assert choose_backend("auto", torch.device("cpu"), torch.float32, LAYER, 16) is CPUAttention
     assert list(BACKENDS)[-1] == "cpu"
