@@ -1,6 +1,9 @@
 """Random models and the references that the engine is compared with."""
 
 import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,6 +43,16 @@ def save_model(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **
     model = model.to(dtype)
     model.save_pretrained(path)
     return model
+
+
+@contextmanager
+def default_interrupts() -> Iterator[None]:
+    """A Ctrl-C raises KeyboardInterrupt: what a shell runs in the background ignores it from the start."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def random_prompts(lengths: list[int], seed: int = 0, vocab_size: int = 307) -> list[list[int]]:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from helpers import random_prompts, reference_tokens, save_model
+from helpers import default_interrupts, random_prompts, reference_tokens, save_model
 from nanovllm import LLM, BeamSearchParams, GenerationError, SamplingParams
 from nanovllm.engine import block_manager, inputs
 from nanovllm.engine.request import Request
@@ -120,18 +120,15 @@ def test_a_step_from_inside_a_step_is_refused(llm):
 
 def interrupted(delay: float, call) -> KeyboardInterrupt | None:
     """Runs `call` with a Ctrl-C after `delay` seconds; returns what it raised, None if it was quicker."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
     timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
-    try:
-        timer.start()
-        call()
-        timer.join()
-        time.sleep(1)  # where it arrives if not before
-    except KeyboardInterrupt as interrupt:
-        return interrupt
-    finally:
-        timer.cancel()
-        signal.signal(signal.SIGINT, previous)
+    with default_interrupts():
+        try:
+            timer.start()
+            call()
+            timer.join()
+            time.sleep(1)  # where it arrives if not before
+        except KeyboardInterrupt as interrupt:
+            return interrupt
     return None
 
 

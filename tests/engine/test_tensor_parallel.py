@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from helpers import random_prompts, reference_tokens, save_model
+from helpers import default_interrupts, random_prompts, reference_tokens, save_model
 from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine import workers
@@ -233,7 +233,7 @@ def test_ctrl_c_aborts_the_requests_and_leaves_engine_and_workers_alive(llm, del
             os.kill(pid, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with default_interrupts(), pytest.raises(KeyboardInterrupt):
         thread.start()
         generate(llm, prompts * 20, params)
         time.sleep(10)
