@@ -255,6 +255,7 @@ def interrupted_for(seconds: float, work, counts: Counter, problems: list) -> No
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
     what, amount = sys.argv[1], sys.argv[2:]
     if what == "requests":
         soak_requests(int(*amount or [20000]))
