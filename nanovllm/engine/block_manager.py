@@ -44,7 +44,8 @@ class BlockManager:
         self.blocks = [Block(i) for i in range(num_blocks)]
         self.free_ids = OrderedDict.fromkeys(range(num_blocks))  # next to be taken first
         self.cached: dict[int, Block] = {}  # hash -> block with computed content
-        self.copies: list[tuple[int, int]] = []  # (from, to), to be done before the next step in this order
+        # (from, to, number of slots), to be done before the next step in this order
+        self.copies: list[tuple[int, int, int]] = []
         self._uids = count(ROOT + 1)
 
     @property
@@ -109,7 +110,7 @@ class BlockManager:
             shared = self.blocks[seq.block_table[-1]]
             shared.ref_count -= 1
             seq.block_table[-1] = self._take()
-            self.copies.append((shared.block_id, seq.block_table[-1]))
+            self.copies.append((shared.block_id, seq.block_table[-1], seq.num_computed_tokens % self.block_size))
         for _ in range(self.num_blocks_missing(seq, num_tokens)):
             seq.block_table.append(self._take())
 

@@ -106,12 +106,11 @@ class ModelRunner:
             return self.model.compute_logits(hidden_states)
 
     @torch.inference_mode()
-    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """Copies whole blocks of the cache, `(from, to)`, in order."""
+    def copy_blocks(self, copies: list[tuple[int, int, int]]) -> None:
+        """Copies the filled slots of blocks of the cache, `(from, to, number of slots)`, in order."""
+        [table] = upload([np.array(copies, dtype=np.int64)], self.device)
         for layer in self.attentions:
-            for source, target in copies:
-                layer.k_cache[target] = layer.k_cache[source]
-                layer.v_cache[target] = layer.v_cache[source]
+            layer.backend.copy_blocks(layer.k_cache, layer.v_cache, table)
 
     def close(self) -> None:
         """Gives memory back, and ends what runs beside this process: with one rank, nothing. Idempotent."""

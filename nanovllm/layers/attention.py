@@ -33,6 +33,12 @@ class AttentionBackend(Protocol):
         """Writes [T, KH, D] keys and values to their slots; slot -1 is not stored."""
 
     @staticmethod
+    def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
+        """For each of [n, 3] int64 `copies`, a source block, a target block and a number of slots, in this order:
+        copies so many of the first slots. A block may be a target that was a source before, or the other way round.
+        """
+
+    @staticmethod
     def prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
         """[T, H, D] new queries over cached prefix and new keys, causal, aligned at the end. Returns [T, H, D]."""
 
@@ -115,6 +121,7 @@ def _run_once(
     q, k = (torch.zeros(1, n, layer.head_dim).to(device, dtype) for n in (layer.num_heads, layer.num_kv_heads))
     slots, bounds = torch.zeros(1, dtype=torch.int64, device=device), torch.arange(2, dtype=torch.int32, device=device)
     backend.store(k, k, cache, cache, slots)
+    backend.copy_blocks(cache, cache, torch.zeros(1, 3, dtype=torch.int64, device=device))
     tables = {"slot_mapping": slots, "context_lens": bounds[1:], "block_tables": bounds[:1].view(1, 1)}
     backend.decode(q, cache, cache, Context(**tables))
     backend.prefill(q, k, k, cache, cache, Context(True, bounds, bounds, 1, 1, **tables))

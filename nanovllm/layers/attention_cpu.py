@@ -33,6 +33,14 @@ class CPUAttention:
         v_cache[blocks, :, offsets] = v[is_stored]
 
     @staticmethod
+    def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
+        if cpu_kernels.has_kernels(k_cache):
+            return cpu_kernels.copy_blocks(k_cache, v_cache, copies)
+        for source, target, num_filled in copies.tolist():
+            for cache in (k_cache, v_cache):
+                cache[target, :, :num_filled] = cache[source, :, :num_filled]
+
+    @staticmethod
     def prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
         if can_attend(q):
             return cpu_kernels.attend(q, *((k, v) if context.block_tables is None else (k_cache, v_cache)), context)

@@ -72,8 +72,8 @@ class Engine:
 
     def copy_blocks(self) -> None:
         size = self.manager.block_size
-        for source, target in self.manager.copies:
-            for offset in range(size):
+        for source, target, num_filled in self.manager.copies:
+            for offset in range(num_filled):
                 self.slots[target * size + offset] = self.slots.get(source * size + offset, ())
         self.manager.copies.clear()
 

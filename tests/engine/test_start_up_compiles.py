@@ -54,7 +54,7 @@ def record_engine(path: str, enforce_eager: bool) -> tuple[set[Specialization], 
 
     def generate() -> None:
         for lens in ([1], [2, 17], [33, 5, 1], [3] * 4, [40, 1, 2, 3, 4, 5, 6, 7, 8]):  # of which some are chunked
-            for options in ({}, {"top_p": 0.5}, {"temperature": 0}, {"logprobs": 1, "prompt_logprobs": 1}):
+            for options in ({}, {"top_p": 0.5}, {"temperature": 0}, {"logprobs": 1, "prompt_logprobs": 1}, {"n": 2}):
                 params = SamplingParams(max_tokens=3, ignore_eos=True, **options)
                 for _ in range(2):  # the second time with cached prefixes
                     llm.generate(random_prompts(lens), params, use_tqdm=False)
@@ -69,5 +69,6 @@ def test_no_step_needs_a_kernel_that_start_up_did_not(tmp_path, enforce_eager):
     assert {each.kernel for each in steps} == {
         "_store_kernel", "_prefill_kernel", "_decode_kernel", "_merge_splits_kernel", "_add_rms_norm_kernel",
         "_norm_rope_kernel", "_silu_and_mul_kernel", "_sum_kernel", "_pick_kernel",
+        "_copy_kernel",
     }  # fmt: skip
     assert sorted(map(str, steps - start_up)) == []

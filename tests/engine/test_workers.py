@@ -105,7 +105,7 @@ def test_a_killed_worker_is_named_and_closes_the_engine(path, when):
 def test_a_worker_that_raises_is_reported_with_its_traceback_and_a_new_engine_starts(path):
     llm = start(path)
     generate(llm)
-    llm.model_runner.workers.publish("copy_blocks", [(10**6, 0)])
+    llm.model_runner.workers.publish("copy_blocks", [(10**6, 0, 1)])
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?s)rank 1 failed:.*in copy_blocks.*IndexError"):
         llm.beam_search(random_prompts([9]))

@@ -71,6 +71,12 @@ def store(x: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     call("store_kv", x, x.stride(0), cache, slot_mapping, x.shape[0], *cache.shape[1:])
 
 
+def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
+    """See `nanovllm.layers.attention.AttentionBackend`."""
+    assert copies.is_contiguous() and copies.dtype == torch.int64
+    call("copy_blocks", k_cache, v_cache, copies, len(copies), *k_cache.shape[1:])
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     """[T, H, D] queries over the paged caches `k` and `v`, or over [T, KH, D] new ones if there are no block tables."""
     assert q.is_contiguous() and k.stride()[1:] == v.stride()[1:] and k.stride(-1) == 1

@@ -182,6 +182,20 @@ EXPORT void store_kv(const bf16* x, int64_t stride, bf16* cache, const int64_t* 
         }
 }
 
+// Copies the first slots of blocks of two [blocks, KH, block_size, D] caches, for each of copies [n, 3] (source block,
+// target block, number of slots) in this order: a head's copies are all one thread's.
+EXPORT void copy_blocks(bf16* k_cache, bf16* v_cache, const int64_t* copies, int64_t num_copies, int64_t num_kv_heads,
+                        int64_t block_size, int64_t d) {
+#pragma omp parallel for collapse(2)
+    for (int64_t is_v = 0; is_v < 2; is_v++)
+        for (int64_t h = 0; h < num_kv_heads; h++)
+            for (const int64_t* copy = copies; copy < copies + 3 * num_copies; copy += 3) {
+                bf16* head = (is_v ? v_cache : k_cache) + h * block_size * d;
+                int64_t stride = num_kv_heads * block_size * d;
+                std::memcpy(head + copy[1] * stride, head + copy[0] * stride, 2 * copy[2] * d);
+            }
+}
+
 // q, out [T, H, D]; bounds [S + 1] of each sequence's queries (nullptr: one each); lens [S] keys, whose last query sees
 // all. Keys and values in [blocks, KH, block_size, D] caches through tables [S, columns], or, if tables is nullptr,
 // the T new ones, tokens k_stride and v_stride apart.

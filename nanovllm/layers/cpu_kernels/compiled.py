@@ -36,6 +36,7 @@ SIGNATURES = {
     "rows_bf16": "pppii",
     "rows_int8": "ppppii",
     "store_kv": "pippiiii",
+    "copy_blocks": "pppiiii",
     "attend": "pppppppiiiiiiii",
     "add_rms_norm": "pppfppii",
     "norm_rope": "pipippfpppppiiii",
