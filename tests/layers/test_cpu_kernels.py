@@ -1,16 +1,16 @@
 """The CPU's C++ kernels against plain PyTorch; attention itself is in test_attention.py, in bf16."""
 
+import ctypes
 import os
-import subprocess
-import sys
+import tempfile
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import ROOT, chi_squared_p
+from helpers import chi_squared_p
 from nanovllm.layers import cpu_kernels
-from nanovllm.layers.cpu_kernels import Int8Weight, PackedWeight, compiled
+from nanovllm.layers.cpu_kernels import Int8Weight, PackedWeight, build, compiled
 from nanovllm.layers.cpu_kernels.compiled import Recording, load_kernels
 from nanovllm.layers.layernorm import RMSNorm
 
@@ -199,26 +199,84 @@ def test_what_pytorch_computes_makes_a_recording_incomplete():
         assert not Recording(work).is_complete
 
 
+def write_compiler(path, text: str = "cat", version: str = "1"):
+    """A script in a compiler's place: says its version, or runs `text` with its output going to the library."""
+    find_output = 'while [ "$1" != -o ]; do shift; done; exec > "$2"'
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo {version}\n{find_output}\n{text} < "$0"\n')
+    path.chmod(0o700)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The directory of libraries, and a compiler that takes no time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(write_compiler(tmp_path / "c++")))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "nanovllm"
+
+
 @needs_kernels
-def test_library_is_compiled_once_and_without_a_compiler_plain_pytorch_is_used(tmp_path):
-    script = (
-        "import warnings; warnings.simplefilter('always')\n"
-        "from nanovllm.layers.cpu_kernels.compiled import load_kernels\n"
-        "print(load_kernels() is not None, load_kernels() is not None)"
-    )
+def test_library_is_compiled_once_and_found_where_the_compiler_is_gone(cache, monkeypatch):
+    monkeypatch.delenv("CXX")
+    library = build.build()
+    assert ctypes.CDLL(str(library)).attend and list(cache.iterdir()) == [library]
+    os.utime(library, (1, 1))
+    assert build.build() == library
+    monkeypatch.setenv("CXX", "/does/not/exist")
+    assert build.build() == library and library.stat().st_mtime == 1
 
-    def run(directory, **env):
-        env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(directory), "PYTHONPATH": str(ROOT), **env}
-        return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=90)
 
-    no_compiler = {"CXX": "/does/not/exist"}
-    failed = run(tmp_path / "a", **no_compiler)
-    assert failed.stdout.split() == ["False", "False"]
-    assert failed.stderr.count("could not be compiled") == 1
-    assert not list((tmp_path / "a").iterdir())  # nothing is left behind
-    assert run(tmp_path / "b").stdout.split() == ["True", "True"]
-    assert [file.suffix for file in (tmp_path / "b").iterdir()] == [".so"]
-    assert run(tmp_path / "b", **no_compiler).stdout.split() == ["True", "True"]
+def test_sources_flags_and_compiler_each_make_another_library(cache, monkeypatch, tmp_path):
+    first = build.build()
+    write_compiler(tmp_path / "c++", version="2")
+    second = build.build()
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
+    third = build.build()
+    monkeypatch.setattr(build, "HEADER", write_compiler(tmp_path / "changed.h"))
+    assert len({first, second, third, build.build()}) == len(list(cache.iterdir())) == 4
+    write_compiler(tmp_path / "c++", version="1")
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    assert build.build() == first
+
+
+def load_warned() -> str:
+    """What is said where there are no kernels."""
+    with pytest.warns(UserWarning, match="several times slower.*int8.*not possible") as record:
+        assert load_kernels.__wrapped__() is None
+    [warning] = record
+    return str(warning.message)
+
+
+@needs_kernels
+def test_without_a_compiler_one_warning_says_so(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "/does/not/exist")
+    assert "there is no C++ compiler" in load_warned()
+
+
+@needs_kernels
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(cache, tmp_path):
+    compiler = write_compiler(tmp_path / "c++", "echo 'In file x.h\nerror: no AVX\nthe end' >&2; exit 1")
+    assert load_warned().endswith(f"{compiler} failed: error: no AVX")
+    assert not list(cache.iterdir())
+
+
+def test_without_a_home_to_write_to_the_directory_for_temporary_files_is_used(cache, monkeypatch, tmp_path):
+    for variable, home in (("XDG_CACHE_HOME", "/proc/nowhere"), ("XDG_CACHE_HOME", ""), ("HOME", "/dev/null")):
+        monkeypatch.setenv("HOME", "~")  # as where nobody knows a user's home
+        monkeypatch.setenv(variable, home)
+        library = build.build()
+    assert library.parent == tmp_path / "temporary" / f"nanovllm_kernels_{os.getuid()}"
+    assert list(library.parent.iterdir()) == [library] and library.parent.stat().st_mode & 0o077 == 0
+
+
+def test_a_directory_of_another_user_is_not_trusted(cache, monkeypatch):
+    monkeypatch.setattr(build, "UID", build.UID + 1)
+    with pytest.raises(RuntimeError, match=rf"{cache}: it belongs to another user; .*XDG_CACHE_HOME"):
+        build.build()
+    assert not list(cache.iterdir())
 
 
 def test_processors_without_the_instructions_get_plain_pytorch_silently(monkeypatch, recwarn):

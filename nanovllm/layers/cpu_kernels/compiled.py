@@ -1,31 +1,21 @@
-"""The compiled functions: built when first needed and kept for every process of this machine; called, or recorded."""
+"""The compiled functions, called or recorded."""
 
 import ctypes
-import hashlib
 import math
-import os
-import shutil
 import struct
-import sysconfig
-import tempfile
 import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanovllm.layers.cpu_kernels.build import FEATURES, build
 from nanovllm.utils.device import cpu_has
-
-SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
-FEATURES = ["avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16", "avx512_vnni"]
-FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-mfma", "-mprefer-vector-width=512"]
-FLAGS += ["-m" + feature.replace("512_", "512") for feature in FEATURES]
 
 # Of each function the kinds of its arguments: pointer, integer, fp32.
 SIGNATURES = {
@@ -54,40 +44,17 @@ def load_kernels() -> ctypes.CDLL | None:
     if not all(cpu_has(feature) for feature in FEATURES):
         return None
     try:
-        library = ctypes.CDLL(str(_build()))
+        library = ctypes.CDLL(str(build()))
     except Exception as error:  # whatever a compiler, a file system or a linker can do wrong
         warnings.warn(
-            f"the CPU kernels could not be compiled, so plain PyTorch is used, which is several times slower; "
-            f"install a C++ compiler (g++ 10 or newer) and the package ninja. The reason: {str(error)[:500]}",
+            "there are no compiled CPU kernels: plain PyTorch computes instead, several times slower, and "
+            f"quantization='int8' is not possible. The reason: {error}",
             stacklevel=2,
         )
         return None
     for name, kinds in SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [KINDS[kind] for kind in kinds], None
-    return library
-
-
-def _build() -> Path:
-    """The shared library of these sources; compiles it if this machine's cache does not have it."""
-    files = [*SOURCES, Path(__file__).parent / "common.h"]
-    key = hashlib.sha256(b"".join(file.read_bytes() for file in files) + " ".join(FLAGS).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-    library = root / f"nanovllm_cpu_kernels_{key}.so"
-    if not library.exists():
-        from torch.utils.cpp_extension import load  # imports setuptools, which takes a while
-
-        root.mkdir(parents=True, exist_ok=True)
-        # In a directory of its own: a process that is killed while it compiles leaves no lock for others to wait on.
-        directory, path = tempfile.mkdtemp(dir=root), os.environ["PATH"]
-        os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + path  # ninja, if no environment is activated
-        try:
-            options = {"extra_cflags": FLAGS, "extra_ldflags": ["-fopenmp"], "build_directory": directory}
-            load("kernels", [str(source) for source in SOURCES], **options, is_python_module=False)
-            os.replace(Path(directory) / "kernels.so", library)
-        finally:
-            os.environ["PATH"] = path
-            shutil.rmtree(directory, ignore_errors=True)
     return library
 
 
