@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from nanovllm.layers.attention_cpu import CPUAttention, can_attend
+from nanovllm.layers.attention_cpu import CPUAttention, has_kernels
 from nanovllm.layers.attention_flash import Opened, open_flash_attn, open_torch_varlen
 from nanovllm.utils.checks import require
 from nanovllm.utils.context import Context, get_context
@@ -77,8 +77,8 @@ def open_triton(device: torch.device, dtype: torch.dtype, head_dim: int, block_s
 
 
 def open_cpu(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> Opened:
-    has_kernels = device.type == "cpu" and can_attend(torch.empty(1, 1, head_dim, dtype=dtype))
-    return CPUAttention, "cpu (C++)" if has_kernels else "cpu (plain PyTorch)"
+    is_compiled = device.type == "cpu" and has_kernels(torch.empty(0, head_dim, dtype=dtype))
+    return CPUAttention, "cpu (C++)" if is_compiled else "cpu (plain PyTorch)"
 
 
 # In the order in which "auto" tries them. Each returns a backend and what to call it, or raises why there is none here.

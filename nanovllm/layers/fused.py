@@ -20,6 +20,4 @@ def _kernels(device_type: str, dtype: torch.dtype) -> ModuleType | None:
         from nanovllm.layers import fused_triton
 
         return fused_triton
-    if device_type == "cpu" and dtype == torch.bfloat16 and cpu_kernels.load_kernels():
-        return cpu_kernels
-    return None
+    return cpu_kernels if cpu_kernels.has_kernels(torch.empty(0, dtype=dtype, device=device_type)) else None

@@ -45,7 +45,7 @@ def pack_weights(model: nn.Module, quantization: str | None) -> None:
     owners: dict[nn.Parameter, list[nn.Module]] = {}
     for module in model.modules():
         weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() == 2 and cpu_kernels.can_pack(weight):
+        if weight is not None and weight.dim() == 2 and cpu_kernels.has_kernels(weight, inputs=weight.shape[1]):
             owners.setdefault(weight, []).append(module)
     while owners:
         weight, modules = owners.popitem()

@@ -23,7 +23,7 @@ def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @needs_kernels
-@pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072)])
+@pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072), (21, 64), (45, 8)])
 @pytest.mark.parametrize("m", [1, 2, 11, 12, 13, 33, 300])
 def test_linear_is_as_exact_as_bf16_can_be(m, n, k):
     torch.manual_seed(m)
@@ -48,10 +48,19 @@ def test_packing_keeps_the_memory_and_its_rows():
 
 
 @needs_kernels
-def test_what_does_not_fit_the_panels_is_not_packed():
-    fitting, *others = torch.empty(64, 8), torch.empty(40, 8), torch.empty(64, 6), torch.empty(8, 64).T
-    assert cpu_kernels.can_pack(fitting)
-    assert not any(cpu_kernels.can_pack(weight) for weight in others)
+@pytest.mark.parametrize("kind", [PackedWeight, Int8Weight])
+@pytest.mark.parametrize("n", [1, 31, 33, 61])
+def test_results_for_rows_that_do_not_fill_a_panel_end_where_they_should(kind, n):
+    """Those of a weight that does, less the last columns; and the memory after them is left alone."""
+    torch.manual_seed(n)
+    weight, bias, x = torch.randn(64, 132, dtype=BF16), torch.randn(64, dtype=BF16), torch.randn(25, 132, dtype=BF16)
+    whole, part = kind(weight.clone()), kind(weight[:n].clone())
+    assert part.shape == (n, 132)
+    assert torch.equal(part.rows(torch.arange(n)), whole.rows(torch.arange(n)))
+    assert torch.equal(part.linear(x), whole.linear(x)[:, :n])
+    beyond = torch.full((26, n), 7, dtype=BF16)
+    compiled.call("linear_" + kind.kind, x, x.stride(0), *part.parts, bias[:n].clone(), beyond[:25], 25, n, 132)
+    assert torch.equal(beyond[:25], whole.linear(x, bias)[:, :n]) and (beyond[25] == 7).all()
 
 
 def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +72,7 @@ def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072)])
+@pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072), (21, 64), (45, 8)])
 @pytest.mark.parametrize("m", [1, 12, 13, 40])
 def test_int8_linear_computes_with_quantised_weights_and_activations(m, n, k):
     torch.manual_seed(m)
