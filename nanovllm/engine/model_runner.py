@@ -23,7 +23,7 @@ from nanovllm.layers.attention_cpu import CPUAttention
 from nanovllm.layers.fused import fused_ops
 from nanovllm.layers.logits_processor import token_logprobs
 from nanovllm.layers.sampler import sample
-from nanovllm.layers.weight import check_quantization, pack_weights
+from nanovllm.layers.weight import check_quantization, choose_products, pack
 from nanovllm.models import MODELS
 from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, upload
@@ -123,19 +123,20 @@ class ModelRunner:
     def _build_model(self) -> torch.nn.Module:
         config = self.config
         check_quantization(config.quantization, config.dtype, config.device)
+        products = choose_products(config.max_num_seqs)
+        convert = partial(pack, quantization=config.quantization, products=products)
         default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(config.dtype)
         try:
-            with torch.device(config.device):
+            with torch.device("meta"):  # parameters get their memory one by one
                 model = MODELS[config.architecture](config.hf_config, config.max_model_len, self.tp)
         finally:
             torch.set_default_dtype(default_dtype)
         if config.load_format == "dummy":
-            load_dummy(model, config.seed)
+            load_dummy(model, config.seed, config.device, convert)
         else:
-            load_model(model, config.model_path, self.tp.rank == 0, self._check_ranks)
-        pack_weights(model, config.quantization)
-        return model.eval()
+            load_model(model, config.model_path, config.device, convert, self.tp.rank == 0, self._check_ranks)
+        return model.to(config.device).eval()
 
     def _can_capture(self, backend: AttentionBackend) -> bool:
         return self.device.type == "cuda" and backend is not CPUAttention and not self.config.enforce_eager

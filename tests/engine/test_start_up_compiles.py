@@ -37,7 +37,7 @@ def record_engine(path: str, enforce_eager: bool) -> tuple[set[Specialization], 
     ModelRunner._can_record = lambda runner: False
     torch.Tensor.new_empty, torch.empty_like = torch.Tensor.new_zeros, torch.zeros_like
     torch.cuda.memory_reserved = torch.cuda.max_memory_reserved = torch.cuda.reset_peak_memory_stats = lambda device: 0
-    model_runner.pack_weights = lambda model, quantization: None
+    model_runner.pack = lambda weight, **_: weight
     attention.BACKENDS["triton"] = lambda *settings: (TritonAttention, "triton")
     fused._kernels = lambda *_: fused_triton
     cuda_graphs.capture = lambda work, pool: (Graph(), work())
