@@ -18,9 +18,9 @@ from nanovllm.engine.batch import Batch, BatchBuilder
 from nanovllm.engine.cuda_graphs import DecodeGraphs, RecordedSteps, graph_sizes
 from nanovllm.engine.sampling import sample_with_options
 from nanovllm.engine.sequence import Sequence
+from nanovllm.layers import cpu_kernels
 from nanovllm.layers.attention import Attention, AttentionBackend, choose_backend
 from nanovllm.layers.attention_cpu import CPUAttention
-from nanovllm.layers.fused import fused_ops
 from nanovllm.layers.logits_processor import token_logprobs
 from nanovllm.layers.sampler import sample
 from nanovllm.layers.weight import check_quantization, choose_products, pack
@@ -42,7 +42,7 @@ class ModelRunner:
     """
 
     failure: str | None = None  # why no further step can run
-    graphs: DecodeGraphs | None = None
+    graphs: DecodeGraphs | RecordedSteps | None = None
 
     def __init__(self, config: Config, tp: TensorParallel | None = None):
         self.config = config
@@ -142,9 +142,21 @@ class ModelRunner:
         return self.device.type == "cuda" and backend is not CPUAttention and not self.config.enforce_eager
 
     def _can_record(self) -> bool:
-        """Collectives cannot be recorded."""
-        is_alone = self.tp.size == 1 and not self.config.enforce_eager
-        return is_alone and self.device.type == "cpu" and fused_ops(torch.empty(0, dtype=self.config.dtype)) is not None
+        """Whether the kernels for CPUs do all of a decode step; if only some of it, the log says what they do not."""
+        nothing, head_dim = torch.empty(0, dtype=self.config.dtype, device=self.device), self.attentions[0].head_dim
+        if self.config.enforce_eager or not cpu_kernels.has_kernels(nothing):
+            return False
+        others = ["sums over ranks"] if self.tp.size > 1 else []
+        if not cpu_kernels.has_kernels(nothing, head_dim=head_dim):
+            others.append(f"attention with head_dim={head_dim}, above 256")
+        unpacked = [(name, param.shape[1]) for name, param in self.model.named_parameters() if param.dim() == 2]
+        if unpacked:
+            name, size = unpacked[0]
+            why = f"of {size} inputs, no multiple of 4" if size % 4 else "as NANOVLLM_CPU_PRODUCTS or AMX decides"
+            others.append(f"{len(unpacked)} products, the first with {name}, {why}")
+        if others:
+            logger.info("decode steps are not recorded, since PyTorch does " + "; ".join(others))
+        return not others
 
     def _allocate_kv_cache(self, backend: AttentionBackend, max_blocks: int, graph_bytes: int) -> int:
         """Returns the cache's bytes. Graphs hold its addresses, so their memory is reserved before they are made."""

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import tempfile
+import threading
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from helpers import chi_squared_p
 from nanovllm.layers import cpu_kernels
 from nanovllm.layers.cpu_kernels import Int8Weight, PackedWeight, build, compiled
-from nanovllm.layers.cpu_kernels.compiled import Recording, load_kernels
+from nanovllm.layers.cpu_kernels.compiled import Memory, Recording, load_kernels
 from nanovllm.layers.layernorm import RMSNorm
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
@@ -173,8 +175,8 @@ def test_a_recording_repeats_its_calls_on_new_inputs():
         return y
 
     first = work()
-    recording = Recording(work)
-    assert recording.is_complete and torch.equal(recording.output, first)
+    recording = Recording(work, Memory(5))
+    assert torch.equal(recording.output, first)
     x.normal_()
     expected = work()
     assert not torch.equal(expected, first)
@@ -182,30 +184,57 @@ def test_a_recording_repeats_its_calls_on_new_inputs():
 
 
 @needs_kernels
-def test_recordings_share_their_memory_but_never_a_buffer_in_use():
-    x, scale = torch.randn(3, 64, dtype=BF16), torch.ones(64, dtype=BF16)
-    Recording._free.clear()
+def test_recordings_of_all_sizes_share_their_memory_but_never_a_buffer_in_use():
+    x, scale = torch.randn(40, 64, dtype=BF16), torch.ones(64, dtype=BF16)
 
-    def work():
-        results = [cpu_kernels.silu_and_mul(x, x) for _ in range(4)]
+    def work(num_rows):
+        mine = x[:num_rows]
+        results = [cpu_kernels.silu_and_mul(mine, mine) for _ in range(4)]
         assert len({result.data_ptr() for result in results}) == 4
         view = results[0][1:]
         del results  # the view keeps one of them
-        others = [cpu_kernels.silu_and_mul(x, x) for _ in range(4)]
+        others = [cpu_kernels.silu_and_mul(mine, mine) for _ in range(4)]
         assert view.data_ptr() - 128 not in {other.data_ptr() for other in others}
-        return cpu_kernels.add_rms_norm(x, None, scale, 1e-6)[0]
+        return cpu_kernels.add_rms_norm(mine, None, scale, 1e-6)[0]
 
-    recordings = [Recording(work) for _ in range(3)]
-    assert len({recording.output.data_ptr() for recording in recordings}) == 3
-    assert sum(len(buffers) for buffers in Recording._free.values()) <= 6
+    memory = Memory(40)
+    recordings = {num_rows: Recording(lambda: work(num_rows), memory) for num_rows in (2, 40, 7, 39, 1)}  # noqa: B023
+    assert memory.nbytes == 6 * 40 * 64 * 2  # five in use at a time and one more, each for the most rows
+    for num_rows, recording in recordings.items():
+        assert torch.equal(recording.replay(), work(num_rows))
 
 
 @needs_kernels
-def test_what_pytorch_computes_makes_a_recording_incomplete():
-    x, y = torch.randn(3, 64, dtype=BF16), torch.randn(64, 64, dtype=BF16)
-    assert Recording(lambda: cpu_kernels.silu_and_mul(x, x).view(-1)[5:].unflatten(0, (1, -1))).is_complete
-    for work in (lambda: x + 1, lambda: F.linear(x, y), lambda: x.T.contiguous(), lambda: x[x > 0], lambda: x.clone()):
-        assert not Recording(work).is_complete
+def test_memory_ends_with_its_last_recording():
+    x = torch.randn(3, 64, dtype=BF16)
+    memory = Memory(3)
+    recording, buffers = Recording(lambda: cpu_kernels.silu_and_mul(x, x), memory), memory._free
+    [buffer] = [weakref.ref(buffer) for free in buffers.values() for buffer in free]
+    del memory, buffers
+    assert torch.equal(recording.replay(), cpu_kernels.silu_and_mul(x, x)) and buffer() is not None
+    del recording
+    assert buffer() is None
+
+
+@needs_kernels
+def test_a_recording_holds_nothing_of_other_threads():
+    x, started, done = torch.randn(3, 64, dtype=BF16), threading.Event(), threading.Event()
+
+    def elsewhere():
+        started.wait()
+        cpu_kernels.silu_and_mul(-x, x)
+        done.set()
+
+    def work():
+        started.set()
+        done.wait()
+        return cpu_kernels.silu_and_mul(x, x)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    recording = Recording(work, Memory(3))
+    thread.join()
+    assert len(recording._table) == 1 and recording.memory.nbytes == x.nbytes
 
 
 def write_compiler(path, text: str = "cat", version: str = "1"):

@@ -3,16 +3,15 @@
 import ctypes
 import math
 import struct
+import threading
 import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm.layers.cpu_kernels.build import FEATURES, build
 from nanovllm.utils.device import cpu_has
@@ -58,43 +57,71 @@ def load_kernels() -> ctypes.CDLL | None:
     return library
 
 
+class _Thread(threading.local):
+    recording: "Recording | None" = None  # under way
+
+
+_thread = _Thread()
+
+
 def call(name: str, *args: torch.Tensor | int | float | None) -> None:
     """Runs a function, and notes the call if there is a `Recording` under way."""
     values = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
     getattr(load_kernels(), name)(*values)
-    if _recording is not None:
-        _recording.calls.append((name, values))
+    if _thread.recording is not None:
+        _thread.recording.calls.append((name, values))
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Memory for a result."""
-    return torch.empty(*shape, dtype=dtype) if _recording is None else _recording.empty(shape, dtype)
+    recording = _thread.recording
+    return torch.empty(*shape, dtype=dtype) if recording is None else recording.memory.empty(shape, dtype)
 
 
-_recording: "Recording | None" = None
+class Memory:
+    """What recordings of at most `max_rows` rows write to, all of them to the same places.
+
+    A buffer is for rows of one width and has room for the most of them. So recordings need the same buffers however
+    many rows they have, and none of their own; what no recording has reached yet takes no memory.
+    """
+
+    def __init__(self, max_rows: int):
+        self.max_rows = max_rows
+        self.nbytes = 0
+        self._free: dict[int, list[np.ndarray]] = defaultdict(list)  # buffers not in use, by bytes a row
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As torch.empty, of a buffer that is used again once nothing refers to the tensor."""
+        assert shape[0] <= self.max_rows
+        width = math.prod(shape[1:]) * dtype.itemsize
+        free = self._free[width]
+        if not free:
+            free.append(np.empty(self.max_rows * width, dtype=np.uint8))
+            self.nbytes += free[-1].nbytes
+        buffer = free.pop()
+        used = buffer[: shape[0] * width]  # an array object of its own, which ends with the tensor's storage
+        weakref.finalize(used, free.append, buffer).atexit = False
+        return torch.from_numpy(used).view(dtype).view(shape)
 
 
 class Recording:
     """The calls of one run of a piece of work, which `replay` repeats without Python between them.
 
-    For work that reads and writes the same memory each time. Its results live in memory that other recordings use too:
-    they are valid until the next run or replay of one. What PyTorch computes itself is not recorded; if there is any,
-    `is_complete` is false, unless `is_checked` says not to look.
+    For work that reads and writes the same memory each time, and of which all is done by `call`. Its results, the
+    `output` among them, are valid until the next run or replay of a recording in the same `memory`.
     """
 
-    _free: dict[int, list[np.ndarray]] = defaultdict(list)  # buffers of all recordings that none uses now, by size
-
-    def __init__(self, work: Callable[[], torch.Tensor], is_checked: bool = True):
-        global _recording
+    def __init__(self, work: Callable[[], torch.Tensor], memory: Memory):
         self.calls: list[tuple[str, list]] = []
-        watch = _Watch() if is_checked else None
-        _recording = self
+        self.memory = memory
+        _thread.recording = self
         try:
-            with watch or nullcontext():
-                self.output = work()
+            output = work()
         finally:
-            _recording = None
-        self.is_complete = watch is None or not watch.has_computed
+            _thread.recording = None
+        # The same memory, but not what keeps its buffer from other recordings.
+        data = (ctypes.c_byte * output.nbytes).from_address(output.data_ptr())
+        self.output = torch.frombuffer(data, dtype=output.dtype).view(output.shape)
         formats = {name: "".join(PACKED[kind] for kind in kinds) for name, kinds in SIGNATURES.items()}
         packed = [struct.pack(formats[name], *(value or 0 for value in values)) for name, values in self.calls]
         self._arguments = np.frombuffer(b"".join(packed), dtype=np.int64)
@@ -105,26 +132,6 @@ class Recording:
         self._table = np.stack([np.array(functions, dtype=np.int64), starts], axis=1)  # [calls, 2]
         self.calls.clear()
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """As torch.empty, of memory that is used again once nothing refers to the tensor, but never given back."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        size = 1 << (num_bytes - 1).bit_length()
-        buffer = self._free[size].pop() if self._free[size] else np.empty(size, dtype=np.uint8)
-        used = buffer[:num_bytes]  # an array object of its own, which ends with the tensor's storage
-        weakref.finalize(used, self._free[size].append, buffer)
-        return torch.from_numpy(used).view(dtype).view(shape)
-
     def replay(self) -> torch.Tensor:
         load_kernels().replay(self._table.ctypes.data, len(self._table))
         return self.output
-
-
-class _Watch(TorchDispatchMode):
-    """Notices what PyTorch computes, which is all but views and memory."""
-
-    has_computed = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        harmless = torch.ops.aten.empty, torch.ops.aten.detach
-        self.has_computed |= not func.is_view and func.overloadpacket not in harmless
-        return func(*args, **(kwargs or {}))
