@@ -464,7 +464,7 @@ def tensor_parallel() -> Iterator[Seen]:
     )
 
 
-TRITON_TESTS = "tests/layers/test_attention_triton.py"
+TRITON_TESTS = "tests/layers/test_attention_triton.py", "tests/layers/test_copy_blocks.py"
 FUSED_TESTS = [f"tests/layers/test_{name}.py" for name in ("fused", "sampler", "fallback")]
 GROUPS: dict[str, tuple[int, list[Callable[[], Iterator[Seen]]]]] = {  # seconds, checks of one process, in this order
     "attention": (60, [ceilings, attention_accuracy, large_cache, decode_bandwidth]),
@@ -478,7 +478,7 @@ GROUPS: dict[str, tuple[int, list[Callable[[], Iterator[Seen]]]]] = {  # seconds
     "largest": (45, [largest_step]),
     "recompilation": (75, [recompilations]),
     "transformers": (90, [continuous_batching]),
-    "triton-tests": (120, [partial(native_tests, TRITON_TESTS)]),
+    "triton-tests": (120, [partial(native_tests, *TRITON_TESTS)]),
     "fused-tests": (120, [partial(native_tests, *FUSED_TESTS)]),
     "tensor-parallel": (90, [tensor_parallel]),
 }

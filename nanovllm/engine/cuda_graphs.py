@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from nanovllm.engine.batch import Batch
-from nanovllm.layers.cpu_kernels.compiled import Recording
+from nanovllm.layers.cpu_kernels.compiled import Memory, Recording
 from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.device import ALIGNMENT, upload
 
@@ -48,64 +48,65 @@ class DecodeGraphs:
     """
 
     def __init__(self, model: Model, sizes: list[int], max_blocks: int, device: torch.device, show_progress: bool):
-        self.sizes, self.device, self._model = sizes, device, model
+        self.sizes, self._inputs = sizes, _Inputs(sizes[-1], max_blocks, device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         empty = np.zeros(0)
         nothing = Batch(False, empty, empty, empty, empty, block_tables=np.zeros((0, max_blocks)))
-        row_bytes = 3 * 8 + 4 + 4 * max_blocks
-        self._buffer = torch.empty(sizes[-1] * row_bytes + len(INPUTS) * ALIGNMENT, dtype=torch.uint8, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor] | Recording] = {}
-        self._capture_all(nothing, show_progress)
-
-    @torch.inference_mode()
-    def _capture_all(self, nothing: Batch, show_progress: bool) -> None:
         pool = None
-        for size in tqdm(self.sizes[::-1], "Capturing CUDA graphs", unit="graph", disable=not show_progress):
-            graph, output = capture(partial(_run, self._model, *self._write(nothing, size)), pool)
-            pool = graph.pool()
-            self._graphs[size] = graph, output
+        with torch.inference_mode():
+            for size in tqdm(sizes[::-1], "Capturing CUDA graphs", unit="graph", disable=not show_progress):
+                graph, output = capture(partial(_run, model, *self._inputs.write(nothing, size)), pool)
+                pool = graph.pool()
+                self._graphs[size] = graph, output
 
     def replay(self, batch: Batch) -> torch.Tensor:
         """[S, hidden_size] of at most `sizes[-1]` sequences; valid until the next replay."""
         num_seqs = len(batch.context_lens)
         size = next(size for size in self.sizes if size >= num_seqs)
-        self._write(batch, size)
+        self._inputs.write(batch, size)
         graph, output = self._graphs[size]
         graph.replay()
         return output[:num_seqs]
 
-    def _write(self, batch: Batch, size: int) -> list[torch.Tensor]:
+
+class RecordedSteps:
+    """The same on a CPU, made for each number of sequences when it first decodes: to record a step costs no time.
+
+    All that `model` does must be the CPU's kernels.
+    """
+
+    def __init__(self, model: Model, max_num_seqs: int, max_blocks: int):
+        self.sizes = range(1, max_num_seqs + 1)
+        self._model, self._inputs = model, _Inputs(max_num_seqs, max_blocks, torch.device("cpu"))
+        self._memory = Memory(max_num_seqs)
+        self._recordings: dict[int, Recording] = {}
+
+    def replay(self, batch: Batch) -> torch.Tensor:
+        """As `DecodeGraphs.replay`."""
+        size = len(batch.context_lens)
+        inputs = self._inputs.write(batch, size)
+        if size in self._recordings:
+            return self._recordings[size].replay()
+        self._recordings[size] = Recording(partial(_run, self._model, *inputs), self._memory)
+        return self._recordings[size].output
+
+
+class _Inputs:
+    """Where graphs and recordings of up to `max_size` rows read their batch."""
+
+    def __init__(self, max_size: int, max_blocks: int, device: torch.device):
+        self._device = device
+        num_bytes = max_size * (3 * 8 + 4 + 4 * max_blocks) + len(INPUTS) * ALIGNMENT
+        self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    def write(self, batch: Batch, size: int) -> list[torch.Tensor]:
+        """The batch in `size` rows; for each size at its own places, which are the same each time."""
         padded = []
         for name, (dtype, padding) in INPUTS.items():
             array = getattr(batch, name)
             padded.append(np.full((size, *array.shape[1:]), padding, dtype))
             padded[-1][: len(array)] = array
-        return upload(padded, self.device, self._buffer)
-
-
-class RecordedSteps(DecodeGraphs):
-    """The same on a CPU, made for each number of sequences when it first decodes: to record a step costs no time.
-
-    What is not one of the CPU's kernels cannot be recorded; if there is such a thing, `sizes` says that nothing can.
-    """
-
-    def __init__(self, model: Model, max_num_seqs: int, max_blocks: int):
-        super().__init__(model, range(1, max_num_seqs + 1), max_blocks, torch.device("cpu"), False)
-
-    def _capture_all(self, nothing: Batch, show_progress: bool) -> None:
-        """Nothing is captured ahead."""
-
-    def replay(self, batch: Batch) -> torch.Tensor:
-        """As `DecodeGraphs.replay`."""
-        size = len(batch.context_lens)
-        inputs = self._write(batch, size)
-        if size in self._graphs:
-            return self._graphs[size].replay()
-        recording = Recording(partial(_run, self._model, *inputs), is_checked=not self._graphs)
-        if recording.is_complete:
-            self._graphs[size] = recording
-        else:
-            self.sizes = range(1)
-        return recording.output
+        return upload(padded, self._device, self._buffer)
 
 
 def _run(model: Model, input_ids: torch.Tensor, positions: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Legend: S sequences.
 
 import logging
 import math
+import threading
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
@@ -18,12 +19,12 @@ from nanovllm.engine.batch import Batch, BatchBuilder
 from nanovllm.engine.cuda_graphs import DecodeGraphs, RecordedSteps, graph_sizes
 from nanovllm.engine.sampling import sample_with_options
 from nanovllm.engine.sequence import Sequence
+from nanovllm.layers import cpu_kernels
 from nanovllm.layers.attention import Attention, AttentionBackend, choose_backend
 from nanovllm.layers.attention_cpu import CPUAttention
-from nanovllm.layers.fused import fused_ops
 from nanovllm.layers.logits_processor import token_logprobs
 from nanovllm.layers.sampler import sample
-from nanovllm.layers.weight import check_quantization, pack_weights
+from nanovllm.layers.weight import check_quantization, choose_products, pack
 from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.context import Context, use_context
@@ -34,6 +35,7 @@ from nanovllm.utils.parallel import TensorParallel
 
 LOGPROB_ROWS = 128  # of prompt tokens at a time, whose logits over the vocabulary are in memory together
 GRAPH_BYTES = 16 * 2**20  # reserved for each CUDA graph, an estimate
+BUILDING = threading.Lock()  # PyTorch's default dtype, which is changed meanwhile, is one for all threads
 logger = logging.getLogger("nanovllm")
 
 
@@ -44,7 +46,7 @@ class ModelRunner:
     """
 
     failure: str | None = None  # why no further step can run
-    graphs: DecodeGraphs | None = None
+    graphs: DecodeGraphs | RecordedSteps | None = None
 
     def __init__(self, config: Config, tp: TensorParallel | None = None):
         self.config = config
@@ -117,11 +119,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def copy_blocks(self, copies: list[tuple[int, int, int]]) -> None:
-        """Copies blocks of the cache, `(from, to, filled slots)`, in order."""
+        """Copies the filled slots of blocks of the cache, `(from, to, number of slots)`, in order."""
+        [table] = upload([np.array(copies, dtype=np.int64)], self.device)
         for layer in self.attentions:
-            for source, target, _ in copies:
-                layer.k_cache[target] = layer.k_cache[source]
-                layer.v_cache[target] = layer.v_cache[source]
+            layer.backend.copy_blocks(layer.k_cache, layer.v_cache, table)
 
     def close(self) -> None:
         """Gives memory back, and ends what runs beside this process: with one rank, nothing. Idempotent."""
@@ -134,27 +135,40 @@ class ModelRunner:
     def _build_model(self) -> torch.nn.Module:
         config = self.config
         check_quantization(config.quantization, config.dtype, config.device)
-        default_dtype = torch.get_default_dtype()
-        torch.set_default_dtype(config.dtype)
-        try:
-            with torch.device(config.device):
+        products = choose_products(config.max_num_seqs)
+        convert = partial(pack, quantization=config.quantization, products=products)
+        with BUILDING, torch.device("meta"):  # parameters get their memory one by one
+            default_dtype = torch.get_default_dtype()
+            torch.set_default_dtype(config.dtype)
+            try:
                 model = MODELS[config.architecture](config.hf_config, config.max_model_len, self.tp)
-        finally:
-            torch.set_default_dtype(default_dtype)
+            finally:
+                torch.set_default_dtype(default_dtype)
         if config.load_format == "dummy":
-            load_dummy(model, config.seed)
+            load_dummy(model, config.seed, config.device, convert)
         else:
-            load_model(model, config.model_path, self.tp.rank == 0, self._check_ranks)
-        pack_weights(model, config.quantization)
-        return model.eval()
+            load_model(model, config.model_path, config.device, convert, self.tp.rank == 0, self._check_ranks)
+        return model.to(config.device).eval()
 
     def _can_capture(self, backend: AttentionBackend) -> bool:
         return self.device.type == "cuda" and backend is not CPUAttention and not self.config.enforce_eager
 
     def _can_record(self) -> bool:
-        """Collectives cannot be recorded."""
-        is_alone = self.tp.size == 1 and not self.config.enforce_eager
-        return is_alone and self.device.type == "cpu" and fused_ops(torch.empty(0, dtype=self.config.dtype)) is not None
+        """Whether the kernels for CPUs do all of a decode step; if only some of it, the log says what they do not."""
+        nothing, head_dim = torch.empty(0, dtype=self.config.dtype, device=self.device), self.attentions[0].head_dim
+        if self.config.enforce_eager or not cpu_kernels.has_kernels(nothing):
+            return False
+        others = ["sums over ranks"] if self.tp.size > 1 else []
+        if not cpu_kernels.has_kernels(nothing, head_dim=head_dim):
+            others.append(f"attention with head_dim={head_dim}, above 256")
+        unpacked = [(name, param.shape[1]) for name, param in self.model.named_parameters() if param.dim() == 2]
+        if unpacked:
+            name, size = unpacked[0]
+            why = f"of {size} inputs, no multiple of 4" if size % 4 else "as NANOVLLM_CPU_PRODUCTS or AMX decides"
+            others.append(f"{len(unpacked)} products, the first with {name}, {why}")
+        if others:
+            logger.info("decode steps are not recorded, since PyTorch does " + "; ".join(others))
+        return not others
 
     def _allocate_kv_cache(self, backend: AttentionBackend, max_blocks: int, graph_bytes: int) -> int:
         """Returns the cache's bytes. Graphs hold its addresses, so their memory is reserved before they are made."""

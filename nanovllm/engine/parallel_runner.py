@@ -55,7 +55,7 @@ class ParallelRunner(ModelRunner):
                 self.workers.raise_if_failed()
             return logits
 
-    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+    def copy_blocks(self, copies: list[tuple[int, int, int]]) -> None:
         """As `ModelRunner.copy_blocks`, on all ranks."""
         with self._step():
             self.workers.publish("copy_blocks", copies)

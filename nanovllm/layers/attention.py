@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from nanovllm.layers.attention_cpu import CPUAttention, can_attend
+from nanovllm.layers.attention_cpu import CPUAttention, has_kernels
 from nanovllm.layers.attention_flash import Opened, open_flash_attn, open_torch_varlen
 from nanovllm.layers.fused import triton_problem
 from nanovllm.utils.checks import first_line, require
@@ -34,6 +34,12 @@ class AttentionBackend(Protocol):
     @staticmethod
     def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
         """Writes [T, KH, D] keys and values to their slots; slot -1 is not stored."""
+
+    @staticmethod
+    def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
+        """For each of [n, 3] int64 `copies`, a source block, a target block and a number of slots, in this order:
+        copies so many of the first slots. A block may be a target that was a source before, or the other way round.
+        """
 
     @staticmethod
     def prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
@@ -74,8 +80,8 @@ def open_triton(device: torch.device, dtype: torch.dtype, head_dim: int, block_s
 
 
 def open_cpu(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> Opened:
-    has_kernels = device.type == "cpu" and can_attend(torch.empty(1, 1, head_dim, dtype=dtype))
-    return CPUAttention, "cpu (C++)" if has_kernels else "cpu (plain PyTorch)"
+    is_compiled = device.type == "cpu" and has_kernels(torch.empty(0, head_dim, dtype=dtype))
+    return CPUAttention, "cpu (C++)" if is_compiled else "cpu (plain PyTorch)"
 
 
 # In the order in which "auto" tries them. Each returns a backend and what to call it, or raises why there is none here.
@@ -141,6 +147,7 @@ def _probe(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, block_siz
     shape = backend.cache_shape(2 * columns, block_size, *k.shape[1:])
     caches = [torch.zeros(shape, dtype=q.dtype, device=device) for _ in "kv"]
     backend.store(k, v, *caches, torch.cat(slots))
+    backend.copy_blocks(*caches, torch.zeros(1, 3, dtype=torch.int64, device=device))  # of no slots
     bounds_q, bounds_k, lens_k = (
         torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 5, 14], [0, lens[0], sum(lens)], lens)
     )

@@ -25,7 +25,7 @@ class CPUAttention:
 
     @staticmethod
     def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-        if cpu_kernels.has_kernels(k):
+        if has_kernels(k):
             cpu_kernels.store(k, k_cache, slot_mapping)
             cpu_kernels.store(v, v_cache, slot_mapping)
             return
@@ -35,8 +35,16 @@ class CPUAttention:
         v_cache[blocks, :, offsets] = v[is_stored]
 
     @staticmethod
+    def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
+        if has_kernels(k_cache):
+            return cpu_kernels.copy_blocks(k_cache, v_cache, copies)
+        for source, target, num_filled in copies.tolist():
+            for cache in (k_cache, v_cache):
+                cache[target, :, :num_filled] = cache[source, :, :num_filled]
+
+    @staticmethod
     def prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
-        if can_attend(q):
+        if has_kernels(q):
             return cpu_kernels.attend(q, *((k, v) if context.block_tables is None else (k_cache, v_cache)), context)
         out, bounds = torch.empty_like(q), context.cu_seqlens_q.tolist()
         for i, len_k in enumerate(context.cu_seqlens_k.diff().tolist()):
@@ -54,7 +62,7 @@ class CPUAttention:
 
     @staticmethod
     def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
-        if can_attend(q):
+        if has_kernels(q):
             return cpu_kernels.attend(q, k_cache, v_cache, context)
         # The query heads of a group share their keys: as rows of one query matrix they read them once.
         grouped = q.unflatten(1, (k_cache.shape[1], -1))  # [S, KH, H / KH, D]
@@ -65,9 +73,9 @@ class CPUAttention:
         return out.flatten(1, 2)
 
 
-def can_attend(q: Tensor) -> bool:
-    """Whether the kernels take [T, H, D] queries of this kind."""
-    return q.shape[2] % 32 == 0 and q.shape[2] <= 256 and cpu_kernels.has_kernels(q)
+def has_kernels(x: Tensor) -> bool:
+    """Whether there are kernels for queries, keys or a cache of this kind; D is the last dimension."""
+    return cpu_kernels.has_kernels(x, head_dim=x.shape[-1])
 
 
 def _gather(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:

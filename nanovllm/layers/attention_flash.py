@@ -29,6 +29,7 @@ class _PagedAttention:
     def __init__(self) -> None:
         kernels = import_module("nanovllm.layers.attention_triton") if triton_problem() is None else None
         self.store = kernels.store_kvcache if kernels else store_kvcache
+        self.copy_blocks = kernels.copy_blocks if kernels else copy_blocks
 
     @staticmethod
     def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
@@ -136,3 +137,10 @@ def store_kvcache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_m
     rows = torch.arange(len(k), device=k.device).where(is_stored, is_stored.int().argmax())  # others repeat the first
     for new, cache in ((k, k_cache), (v, v_cache)):
         cache.flatten(0, 1).index_copy_(0, slot_mapping[rows], new[rows])
+
+
+def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
+    """What `attention_triton.copy_blocks` does, likewise."""
+    for source, target, num_filled in copies.tolist():
+        for cache in (k_cache, v_cache):
+            cache[target, :num_filled] = cache[source, :num_filled]

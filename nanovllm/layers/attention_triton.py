@@ -26,6 +26,15 @@ def store_kvcache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_m
     _store_kernel[(len(k),)](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), size, block)
 
 
+def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
+    """See `nanovllm.layers.attention.AttentionBackend`; of [blocks, block_size, KH, D] caches."""
+    _, block_size, num_kv_heads, head_dim = k_cache.shape
+    row = num_kv_heads * head_dim
+    _copy_kernel[(triton.cdiv(block_size * row, 1024),)](
+        k_cache, v_cache, copies, len(copies), ROW=row, BLOCK=block_size * row, CHUNK=1024
+    )
+
+
 class TritonAttention:
     """See `nanovllm.layers.attention.AttentionBackend`. Caches are contiguous; head_dim is 16 to 256."""
 
@@ -36,6 +45,7 @@ class TritonAttention:
         return num_blocks, block_size, num_kv_heads, head_dim
 
     store = staticmethod(store_kvcache)
+    copy_blocks = staticmethod(copy_blocks)
 
     @staticmethod
     def prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
@@ -121,6 +131,20 @@ def _store_kernel(
     cols = tl.arange(0, BLOCK)
     tl.store(k_cache + slot * SIZE + cols, tl.load(k + token * k_stride + cols, mask=cols < SIZE), mask=cols < SIZE)
     tl.store(v_cache + slot * SIZE + cols, tl.load(v + token * v_stride + cols, mask=cols < SIZE), mask=cols < SIZE)
+
+
+@triton.jit(do_not_specialize=["num_copies"])
+def _copy_kernel(k_cache, v_cache, copies, num_copies, ROW: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """A program does all copies of the same CHUNK elements of blocks, so that they come one after another."""
+    elements = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    for i in range(num_copies):
+        source, target = tl.load(copies + 3 * i) * BLOCK, tl.load(copies + 3 * i + 1) * BLOCK
+        mask = elements < tl.load(copies + 3 * i + 2) * ROW
+        keys = tl.load(k_cache + source + elements, mask=mask)
+        values = tl.load(v_cache + source + elements, mask=mask)
+        tl.store(k_cache + target + elements, keys, mask=mask)
+        tl.store(v_cache + target + elements, values, mask=mask)
+        tl.debug_barrier()  # another thread may load next what this one has stored
 
 
 @triton.jit

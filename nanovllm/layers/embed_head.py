@@ -22,11 +22,13 @@ class VocabParallelEmbedding(nn.Module):
         rows = -(-vocab_size // tp.size)
         self.start = min(tp.rank * rows, vocab_size)
         self.end = min(self.start + rows, vocab_size)
-        self.weight = nn.Parameter(torch.zeros(rows, hidden_size), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
 
     def load_weight(self, name: str, loaded: CheckpointTensor, shard: str | None) -> None:
         full_shape = (self.vocab_size, self.weight.shape[1])
-        copy_weight(self.weight[: self.end - self.start], loaded, full_shape, slice(self.start, self.end))
+        num_rows = self.end - self.start
+        copy_weight(self.weight[:num_rows], loaded, full_shape, slice(self.start, self.end))
+        self.weight.data[num_rows:] = 0
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[T] token ids -> [T, hidden_size]."""

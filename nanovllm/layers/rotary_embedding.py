@@ -28,17 +28,18 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         settings = rope_settings(config)
         rope_type = settings["rope_type"]
-        if rope_type == "default":
-            exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-            inv_freq, scale = 1.0 / settings["rope_theta"] ** exponents, 1.0
-        elif rope_type in ROPE_INIT_FUNCTIONS:
-            inv_freq, scale = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=max_len)
-        else:
-            known = ["default", *sorted(ROPE_INIT_FUNCTIONS)]
-            raise ValueError(f"rope_type {rope_type!r} is unknown to this version of transformers, which has {known}")
-        angles = torch.outer(torch.arange(max_len, dtype=torch.float32, device="cpu"), inv_freq.float())
-        self.register_buffer("cos", (angles.cos() * scale).to(torch.get_default_device()), persistent=False)
-        self.register_buffer("sin", (angles.sin() * scale).to(torch.get_default_device()), persistent=False)
+        with torch.device("cpu"):  # also where parameters have no memory yet
+            if rope_type == "default":
+                exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+                inv_freq, scale = 1.0 / settings["rope_theta"] ** exponents, 1.0
+            elif rope_type in ROPE_INIT_FUNCTIONS:
+                inv_freq, scale = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=max_len)
+            else:
+                known = f"this version of transformers, which has {['default', *sorted(ROPE_INIT_FUNCTIONS)]}"
+                raise ValueError(f"rope_type {rope_type!r} is unknown to {known}")
+            angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq.float())
+        self.register_buffer("cos", angles.cos() * scale, persistent=False)
+        self.register_buffer("sin", angles.sin() * scale, persistent=False)
 
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor,

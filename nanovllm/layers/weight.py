@@ -3,11 +3,14 @@
 Legend: T tokens, N/K outputs/inputs of a layer.
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.layers import cpu_kernels
+from nanovllm.utils.checks import check_choice
 from nanovllm.utils.device import cpu_has
 
 Weight = torch.Tensor | cpu_kernels.PackedWeight | cpu_kernels.Int8Weight
@@ -32,24 +35,28 @@ def check_quantization(quantization: str | None, dtype: torch.dtype, device: tor
         )
 
 
-def pack_weights(model: nn.Module, quantization: str | None) -> None:
-    """Replaces the weights of a loaded model's products and embeddings by what is fastest here, one by one.
+def choose_products(max_num_seqs: int) -> str:
+    """Whose products of bf16 weights a CPU with our kernels takes: "packed", ours, or "onednn", PyTorch's.
 
-    Those whose sizes do not fit the kernels stay as they are. `quantization` was checked.
+    NANOVLLM_CPU_PRODUCTS decides; without it ours, unless the processor has matrix units (AMX) and steps many rows.
+    By arithmetic, not by measurement: a core reads some 4e9 bf16 weights a second from memory and multiplies some 1e11
+    pairs without matrix units, so up to about 32 rows a step waits for memory either way, and ours can be recorded.
+    ValueError if the variable says something else.
     """
-    if not cpu_kernels.has_kernels(next(model.parameters())):
-        return
-    if quantization is None and cpu_has("amx_bf16"):
-        return  # PyTorch's own products are faster on matrix units
-    kind = cpu_kernels.PackedWeight if quantization is None else cpu_kernels.Int8Weight
-    owners: dict[nn.Parameter, list[nn.Module]] = {}
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() == 2 and cpu_kernels.can_pack(weight):
-            owners.setdefault(weight, []).append(module)
-    while owners:
-        weight, modules = owners.popitem()
-        packed = kind(weight)
-        for module in modules:
-            del module.weight
-            module.weight = packed
+    chosen = os.environ.get("NANOVLLM_CPU_PRODUCTS")
+    if chosen is None:
+        return "onednn" if cpu_has("amx_bf16") and max_num_seqs > 32 else "packed"
+    check_choice("NANOVLLM_CPU_PRODUCTS", chosen, ["packed", "onednn"])
+    return chosen
+
+
+def pack(weight: nn.Parameter, quantization: str | None, products: str) -> Weight:
+    """What to compute with instead of a loaded parameter; itself unless it is a matrix and the kernels can take it.
+
+    `quantization` was checked; without any, `products` is what `choose_products` says.
+    """
+    if weight.dim() != 2 or not cpu_kernels.has_kernels(weight, inputs=weight.shape[1]):
+        return weight
+    if quantization is not None:
+        return cpu_kernels.Int8Weight(weight)
+    return cpu_kernels.PackedWeight(weight) if products == "packed" else weight

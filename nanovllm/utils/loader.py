@@ -1,7 +1,12 @@
-"""Safetensors into the parameters of a model, one tensor at a time. Knows no architecture and no process."""
+"""Safetensors into the parameters of a model, one tensor at a time. Knows no architecture and no process.
+
+A parameter on the meta device has memory from the moment when its first tensor comes, and is converted when it has its
+last one: so of a model whose weights end up smaller, or elsewhere, there is never more than one in its first form.
+"""
 
 import json
-from collections import Counter
+import mmap
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +17,8 @@ from torch import nn
 from tqdm import tqdm
 
 Index = slice | tuple[slice, ...]
+Place = tuple[nn.Module, str]  # of a parameter: the module and the attribute
+Convert = Callable[[nn.Parameter], object]  # from a filled parameter to what stands in its place
 
 
 class CheckpointTensor(Protocol):
@@ -40,7 +47,12 @@ def copy_weight(
 
 
 def load_model(
-    model: nn.Module, path: Path, show_progress: bool = True, before_each: Callable[[], None] = lambda: None
+    model: nn.Module,
+    path: Path,
+    device: torch.device | str = "cpu",
+    convert: Convert = lambda param: param,
+    show_progress: bool = True,
+    before_each: Callable[[], None] = lambda: None,
 ) -> None:
     """Fills every parameter of `model` exactly once from the safetensors files of a checkpoint directory.
 
@@ -48,6 +60,8 @@ def load_model(
         model: Has `packed_modules` (name of a projection in the checkpoint -> name of the module that holds it) and
             `ignored_weights(name)` (whether the checkpoint's tensor is not wanted); its modules may have
             `load_weight(name, loaded, shard)`.
+        device: Where parameters of the meta device get their memory.
+        convert: Called once with each parameter that is filled.
         before_each: Called before each tensor is read; may raise to stop.
 
     Raises:
@@ -61,33 +75,86 @@ def load_model(
     problems += [f"unexpected: {name}" for name in sorted(found.keys() - targets.keys())]
     problems += [f"more than once: {name}" for name, count in sorted(found.items()) if count > 1]
     _raise_if_any(problems, path)
+    places, num_missing = _places(model), Counter(target[:2] for target in targets.values())
     is_quiet = len(files) == 1 or not show_progress
     for file, name in tqdm(stored, desc="Loading weights", unit="tensor", disable=is_quiet):
         module, attribute, shard = targets[name]
         before_each()
+        _allocate(places[module, attribute], device)
         try:
-            with safe_open(file, framework="pt") as tensors:  # reopened so that pages already read are let go
-                loaded = tensors.get_slice(name)
-                if hasattr(module, "load_weight"):
-                    module.load_weight(attribute, loaded, shard)
-                else:
-                    copy_weight(getattr(module, attribute), loaded)
+            _load(file, name, module, attribute, shard)
         except ShapeError as error:
             problems.append(f"misshapen: {name} {error}")
+        num_missing[module, attribute] -= 1
+        if not num_missing[module, attribute] and not problems:
+            _replace(places[module, attribute], convert)
     _raise_if_any(problems, path)
 
 
-def load_dummy(model: nn.Module, seed: int) -> None:
-    """Random weights, normal with standard deviation 0.02; norms are 1. The same seed gives the same weights."""
+def _load(file: Path, name: str, module: nn.Module, attribute: str, shard: str | None) -> None:
+    with safe_open(file, framework="pt") as tensors:  # opened for each, so that pages that were read are let go
+        loaded = tensors.get_slice(name)
+        if hasattr(module, "load_weight"):
+            module.load_weight(attribute, loaded, shard)
+        else:
+            copy_weight(getattr(module, attribute), loaded)
+
+
+def load_dummy(
+    model: nn.Module, seed: int, device: torch.device | str = "cpu", convert: Convert = lambda param: param
+) -> None:
+    """Random weights, normal with standard deviation 0.02; norms are 1. The same seed gives the same weights.
+
+    `device` and `convert` are as for `load_model`.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for name, param in model.named_parameters():
+    places, buffer = _places(model), torch.empty(2**20 + 7, dtype=next(model.parameters()).dtype)
+    for name, _ in list(model.named_parameters()):
+        parent, _, attribute = name.rpartition(".")
+        shared = places[model.get_submodule(parent), attribute]
+        param = _allocate(shared, device)
         if "norm" in name:
             param.data.fill_(1.0)
-            continue
-        # One row's worth of draws a thousand times over is as good as fresh ones for timing, and far quicker.
-        noise = torch.empty(min(param.numel(), 2**20 + 7), dtype=param.dtype).normal_(0, 0.02, generator=generator)
-        for part in param.data.view(-1).split(noise.numel()):
-            part.copy_(noise[: part.numel()])
+        else:
+            # One row's worth of draws a thousand times over is as good as fresh ones for timing, and far quicker.
+            noise = buffer[: param.numel()].normal_(0, 0.02, generator=generator)
+            for part in param.data.view(-1).split(noise.numel()):
+                part.copy_(noise[: part.numel()])
+        _replace(shared, convert)
+
+
+def _places(model: nn.Module) -> dict[Place, list[Place]]:
+    """Of each place of a parameter all places of the same one: a tied weight has two."""
+    places = defaultdict(list)
+    for module in model.modules():
+        for attribute, param in module.named_parameters(recurse=False):
+            places[param].append((module, attribute))
+    return {place: shared for shared in places.values() for place in shared}
+
+
+def _allocate(places: list[Place], device: torch.device | str) -> nn.Parameter:
+    """The parameter there, which has memory on `device` if it had none."""
+    param = getattr(*places[0])
+    if param.is_meta:
+        param = nn.Parameter(_empty_like(param, torch.device(device)), requires_grad=False)
+        for place in places:
+            setattr(*place, param)
+    return param
+
+
+def _empty_like(param: nn.Parameter, device: torch.device) -> torch.Tensor:
+    """On a CPU in pages of its own, which the system has back once it is converted; malloc would often keep them."""
+    if device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty_like(param, device=device)
+    pages = mmap.mmap(-1, param.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=param.dtype).view(param.shape)
+
+
+def _replace(places: list[Place], convert: Convert) -> None:
+    converted = convert(getattr(*places[0]))
+    for place in places:
+        delattr(*place)  # where there is a parameter nothing else can be set
+        setattr(*place, converted)
 
 
 def _find_files(path: Path) -> list[Path]:

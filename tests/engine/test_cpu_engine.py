@@ -1,5 +1,7 @@
 """The engine on the CPU's bf16 kernels: recorded decode steps, weights in int8, several ranks."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -32,16 +34,79 @@ def test_recorded_steps_give_the_tokens_of_eager_ones(tmp_path, pressure):
     recorded, steps = greedy(tmp_path, **pressure)
     eager, no_steps = greedy(tmp_path, enforce_eager=True, **pressure)
     assert recorded == eager and no_steps is None
-    assert isinstance(steps, RecordedSteps) and len(steps._graphs) >= 4
+    assert isinstance(steps, RecordedSteps) and len(steps._recordings) >= 4
 
 
 @needs_kernels
-def test_a_model_that_the_kernels_do_not_fit_is_not_recorded(tmp_path):
-    """Its intermediate size is no multiple of 32, so that some products are PyTorch's."""
-    save_model(tmp_path, dtype=torch.bfloat16, **SIZES | {"intermediate_size": 72})
-    tokens, steps = greedy(tmp_path, max_num_seqs=8)
-    assert tokens == greedy(tmp_path, max_num_seqs=8, enforce_eager=True)[0]
-    assert not steps._graphs and steps.sizes[-1] == 0
+@pytest.mark.parametrize(
+    "sizes", [{"vocab_size": 309}, {"intermediate_size": 72}, {"head_dim": 80}, {"hidden_size": 68}], ids=str
+)
+def test_sizes_that_are_no_multiple_of_32_are_packed_and_recorded_too(tmp_path, sizes, caplog):
+    caplog.set_level("INFO")
+    save_model(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=True, **SIZES | sizes)
+    for quantization in (None, "int8"):
+        recorded, steps = greedy(tmp_path, quantization=quantization)
+        eager, no_steps = greedy(tmp_path, quantization=quantization, enforce_eager=True)
+        assert recorded == eager and no_steps is None and len(steps._recordings) >= 4
+    assert "not recorded" not in caplog.text and "cpu (C++)" in caplog.text
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"intermediate_size": 74}, "2 products, the first with model.layers.0.mlp.down_proj.weight, of 74 inputs"),
+        ({"head_dim": 272}, "attention with head_dim=272, above 256"),
+    ],
+    ids=str,
+)
+def test_what_is_not_recorded_is_one_line_in_the_log(tmp_path, sizes, reason, caplog):
+    caplog.set_level("INFO")
+    save_model(tmp_path, dtype=torch.bfloat16, **SIZES | sizes)
+    tokens, steps = greedy(tmp_path)
+    assert steps is None and tokens == greedy(tmp_path, enforce_eager=True)[0]
+    [message] = [message for message in caplog.messages if "not recorded" in message]
+    assert reason in message
+
+
+@needs_kernels
+def test_recordings_take_the_memory_of_the_largest_and_give_it_back_with_the_engine(tmp_path):
+    save_model(tmp_path, dtype=torch.bfloat16, **SIZES)
+    sizes = {}
+    for max_num_seqs in (1, 8):
+        with LLM(str(tmp_path), max_num_seqs=max_num_seqs, **SETTINGS) as llm:
+            params = [SamplingParams(0, max_tokens=2 + i, ignore_eos=True) for i in range(max_num_seqs)]
+            llm.generate(random_prompts([5] * max_num_seqs), params, use_tqdm=False)
+            steps = llm.model_runner.graphs
+            assert len(steps._recordings) == max_num_seqs
+            sizes[max_num_seqs], memory = steps._memory.nbytes, weakref.ref(steps._memory)
+            del steps
+        assert memory() is None
+    assert sizes[8] == 8 * sizes[1]
+
+
+@needs_kernels
+def test_products_are_chosen_by_rows_and_matrix_units_or_by_the_user(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    save_model(tmp_path, dtype=torch.bfloat16, **SIZES)
+    for chosen, has_amx, max_num_seqs, is_packed in (
+        ("packed", True, 512, True),
+        ("onednn", False, 8, False),
+        (None, True, 512, False),
+        (None, True, 32, True),
+        (None, False, 512, True),
+    ):
+        monkeypatch.setattr(weight, "cpu_has", lambda feature: has_amx)  # noqa: B023
+        monkeypatch.delenv("NANOVLLM_CPU_PRODUCTS", raising=False)
+        if chosen:
+            monkeypatch.setenv("NANOVLLM_CPU_PRODUCTS", chosen)
+        caplog.clear()
+        with LLM(str(tmp_path), max_num_seqs=max_num_seqs, **SETTINGS) as llm:
+            assert isinstance(llm.model_runner.model.lm_head.weight, PackedWeight) == is_packed
+        assert ("NANOVLLM_CPU_PRODUCTS or AMX" in caplog.text) != is_packed
+    monkeypatch.setenv("NANOVLLM_CPU_PRODUCTS", "mkl")
+    with pytest.raises(ValueError, match=r"NANOVLLM_CPU_PRODUCTS must be one of .*packed.*onednn.*'mkl'"):
+        LLM(str(tmp_path), **SETTINGS)
 
 
 @needs_kernels
@@ -83,7 +148,8 @@ def test_int8_where_it_cannot_be_computed_is_an_error_that_says_why(tmp_path, mo
 
 
 @needs_kernels
-def test_two_ranks_run_on_packed_shards_and_record_nothing():
+def test_two_ranks_run_on_packed_shards_and_record_nothing(caplog):
+    caplog.set_level("INFO")
     prompts = [[{"role": "user", "content": text}] for text in ("introduce yourself", "add 12 and 30", "sort 5 2 9 1")]
     params = SamplingParams(temperature=0, max_tokens=40)
     answers = []
@@ -91,6 +157,7 @@ def test_two_ranks_run_on_packed_shards_and_record_nothing():
         with LLM(str(DEMO_MODEL), dtype="bfloat16", device="cpu", **settings) as llm:
             answers.append([output["text"] for output in llm.chat(prompts, params, use_tqdm=False)])
             assert (llm.model_runner.graphs is None) == ("tensor_parallel_size" in settings)
+        assert ("not recorded, since PyTorch does sums over ranks" in caplog.text) == (settings != {})
     assert answers[0] == answers[1] == answers[2]
 
 

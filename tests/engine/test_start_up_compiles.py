@@ -37,7 +37,7 @@ def record_engine(path: str, enforce_eager: bool) -> tuple[set[Specialization], 
     ModelRunner._can_record = lambda runner: False
     torch.Tensor.new_empty, torch.empty_like = torch.Tensor.new_zeros, torch.zeros_like
     torch.cuda.memory_reserved = torch.cuda.max_memory_reserved = torch.cuda.reset_peak_memory_stats = lambda device: 0
-    model_runner.pack_weights = lambda model, quantization: None
+    model_runner.pack = lambda weight, **_: weight
     attention.TOLERANCE = float("inf")
     attention.BACKENDS["triton"] = lambda *settings: (TritonAttention, "triton")
     fused._kernels = lambda *_: fused_triton
@@ -55,7 +55,7 @@ def record_engine(path: str, enforce_eager: bool) -> tuple[set[Specialization], 
 
     def generate() -> None:
         for lens in ([1], [2, 17], [33, 5, 1], [3] * 4, [40, 1, 2, 3, 4, 5, 6, 7, 8]):  # of which some are chunked
-            for options in ({}, {"top_p": 0.5}, {"temperature": 0}, {"logprobs": 1, "prompt_logprobs": 1}):
+            for options in ({}, {"top_p": 0.5}, {"temperature": 0}, {"logprobs": 1, "prompt_logprobs": 1}, {"n": 2}):
                 params = SamplingParams(max_tokens=3, ignore_eos=True, **options)
                 for _ in range(2):  # the second time with cached prefixes
                     llm.generate(random_prompts(lens), params, use_tqdm=False)
@@ -70,5 +70,6 @@ def test_no_step_needs_a_kernel_that_start_up_did_not(tmp_path, enforce_eager):
     assert {each.kernel for each in steps} == {
         "_store_kernel", "_prefill_kernel", "_decode_kernel", "_merge_splits_kernel", "_add_rms_norm_kernel",
         "_norm_rope_kernel", "_silu_and_mul_kernel", "_sum_kernel", "_pick_kernel",
+        "_copy_kernel",
     }  # fmt: skip
     assert sorted(map(str, steps - start_up)) == []

@@ -19,6 +19,9 @@ GRID = [
 ]
 
 
+GRID += [(2, 1, 16, 16), (1, 4, 40, 16), (2, 2, 80, 64), (2, 8, 112, 16)]  # head_dims that fill no register
+
+
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """[Tq, H, D] over [L, KH, D] in fp32, causal and aligned at the end."""
     k, v = (x.float().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))

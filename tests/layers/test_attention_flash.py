@@ -14,7 +14,7 @@ import torch
 from nanovllm.layers import attention
 from nanovllm.layers.attention import BACKENDS, Attention, choose_backend
 from nanovllm.layers.attention_cpu import CPUAttention
-from nanovllm.layers.attention_flash import FlashAttention2, FlashAttention3, TorchVarlen, store_kvcache
+from nanovllm.layers.attention_flash import FlashAttention2, FlashAttention3, TorchVarlen, copy_blocks, store_kvcache
 from nanovllm.utils import device as device_utils
 from nanovllm.utils.context import Context
 
@@ -307,7 +307,7 @@ def gpu(monkeypatch):
             monkeypatch.setitem(sys.modules, name, known[name])
         kernels = ModuleType("nanovllm.layers.attention_triton")
         kernels.TritonAttention = type("TritonAttention", (), {})
-        kernels.store_kvcache = store_kvcache
+        kernels.store_kvcache, kernels.copy_blocks = store_kvcache, copy_blocks
         monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
         module = pytest.importorskip("torch.nn.attention.varlen")
         monkeypatch.setattr(module, "varlen_attn", varlen_attn)

@@ -1,17 +1,19 @@
 """The CPU's C++ kernels against plain PyTorch; attention itself is in test_attention.py, in bf16."""
 
+import ctypes
 import os
-import subprocess
-import sys
+import tempfile
+import threading
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import ROOT, chi_squared_p
+from helpers import chi_squared_p
 from nanovllm.layers import cpu_kernels
-from nanovllm.layers.cpu_kernels import Int8Weight, PackedWeight, compiled
-from nanovllm.layers.cpu_kernels.compiled import Recording, load_kernels
+from nanovllm.layers.cpu_kernels import Int8Weight, PackedWeight, build, compiled
+from nanovllm.layers.cpu_kernels.compiled import Memory, Recording, load_kernels
 from nanovllm.layers.layernorm import RMSNorm
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
@@ -23,7 +25,7 @@ def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @needs_kernels
-@pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072)])
+@pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072), (21, 64), (45, 8)])
 @pytest.mark.parametrize("m", [1, 2, 11, 12, 13, 33, 300])
 def test_linear_is_as_exact_as_bf16_can_be(m, n, k):
     torch.manual_seed(m)
@@ -48,10 +50,19 @@ def test_packing_keeps_the_memory_and_its_rows():
 
 
 @needs_kernels
-def test_what_does_not_fit_the_panels_is_not_packed():
-    fitting, *others = torch.empty(64, 8), torch.empty(40, 8), torch.empty(64, 6), torch.empty(8, 64).T
-    assert cpu_kernels.can_pack(fitting)
-    assert not any(cpu_kernels.can_pack(weight) for weight in others)
+@pytest.mark.parametrize("kind", [PackedWeight, Int8Weight])
+@pytest.mark.parametrize("n", [1, 31, 33, 61])
+def test_results_for_rows_that_do_not_fill_a_panel_end_where_they_should(kind, n):
+    """Those of a weight that does, less the last columns; and the memory after them is left alone."""
+    torch.manual_seed(n)
+    weight, bias, x = torch.randn(64, 132, dtype=BF16), torch.randn(64, dtype=BF16), torch.randn(25, 132, dtype=BF16)
+    whole, part = kind(weight.clone()), kind(weight[:n].clone())
+    assert part.shape == (n, 132)
+    assert torch.equal(part.rows(torch.arange(n)), whole.rows(torch.arange(n)))
+    assert torch.equal(part.linear(x), whole.linear(x)[:, :n])
+    beyond = torch.full((26, n), 7, dtype=BF16)
+    compiled.call("linear_" + kind.kind, x, x.stride(0), *part.parts, bias[:n].clone(), beyond[:25], 25, n, 132)
+    assert torch.equal(beyond[:25], whole.linear(x, bias)[:, :n]) and (beyond[25] == 7).all()
 
 
 def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +74,7 @@ def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072)])
+@pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072), (21, 64), (45, 8)])
 @pytest.mark.parametrize("m", [1, 12, 13, 40])
 def test_int8_linear_computes_with_quantised_weights_and_activations(m, n, k):
     torch.manual_seed(m)
@@ -164,8 +175,8 @@ def test_a_recording_repeats_its_calls_on_new_inputs():
         return y
 
     first = work()
-    recording = Recording(work)
-    assert recording.is_complete and torch.equal(recording.output, first)
+    recording = Recording(work, Memory(5))
+    assert torch.equal(recording.output, first)
     x.normal_()
     expected = work()
     assert not torch.equal(expected, first)
@@ -173,52 +184,137 @@ def test_a_recording_repeats_its_calls_on_new_inputs():
 
 
 @needs_kernels
-def test_recordings_share_their_memory_but_never_a_buffer_in_use():
-    x, scale = torch.randn(3, 64, dtype=BF16), torch.ones(64, dtype=BF16)
-    Recording._free.clear()
+def test_recordings_of_all_sizes_share_their_memory_but_never_a_buffer_in_use():
+    x, scale = torch.randn(40, 64, dtype=BF16), torch.ones(64, dtype=BF16)
 
-    def work():
-        results = [cpu_kernels.silu_and_mul(x, x) for _ in range(4)]
+    def work(num_rows):
+        mine = x[:num_rows]
+        results = [cpu_kernels.silu_and_mul(mine, mine) for _ in range(4)]
         assert len({result.data_ptr() for result in results}) == 4
         view = results[0][1:]
         del results  # the view keeps one of them
-        others = [cpu_kernels.silu_and_mul(x, x) for _ in range(4)]
+        others = [cpu_kernels.silu_and_mul(mine, mine) for _ in range(4)]
         assert view.data_ptr() - 128 not in {other.data_ptr() for other in others}
-        return cpu_kernels.add_rms_norm(x, None, scale, 1e-6)[0]
+        return cpu_kernels.add_rms_norm(mine, None, scale, 1e-6)[0]
 
-    recordings = [Recording(work) for _ in range(3)]
-    assert len({recording.output.data_ptr() for recording in recordings}) == 3
-    assert sum(len(buffers) for buffers in Recording._free.values()) <= 6
-
-
-@needs_kernels
-def test_what_pytorch_computes_makes_a_recording_incomplete():
-    x, y = torch.randn(3, 64, dtype=BF16), torch.randn(64, 64, dtype=BF16)
-    assert Recording(lambda: cpu_kernels.silu_and_mul(x, x).view(-1)[5:].unflatten(0, (1, -1))).is_complete
-    for work in (lambda: x + 1, lambda: F.linear(x, y), lambda: x.T.contiguous(), lambda: x[x > 0], lambda: x.clone()):
-        assert not Recording(work).is_complete
+    memory = Memory(40)
+    recordings = {num_rows: Recording(lambda: work(num_rows), memory) for num_rows in (2, 40, 7, 39, 1)}  # noqa: B023
+    assert memory.nbytes == 6 * 40 * 64 * 2  # five in use at a time and one more, each for the most rows
+    for num_rows, recording in recordings.items():
+        assert torch.equal(recording.replay(), work(num_rows))
 
 
 @needs_kernels
-def test_library_is_compiled_once_and_without_a_compiler_plain_pytorch_is_used(tmp_path):
-    script = (
-        "import warnings; warnings.simplefilter('always')\n"
-        "from nanovllm.layers.cpu_kernels.compiled import load_kernels\n"
-        "print(load_kernels() is not None, load_kernels() is not None)"
-    )
+def test_memory_ends_with_its_last_recording():
+    x = torch.randn(3, 64, dtype=BF16)
+    memory = Memory(3)
+    recording, buffers = Recording(lambda: cpu_kernels.silu_and_mul(x, x), memory), memory._free
+    [buffer] = [weakref.ref(buffer) for free in buffers.values() for buffer in free]
+    del memory, buffers
+    assert torch.equal(recording.replay(), cpu_kernels.silu_and_mul(x, x)) and buffer() is not None
+    del recording
+    assert buffer() is None
 
-    def run(directory, **env):
-        env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(directory), "PYTHONPATH": str(ROOT), **env}
-        return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=90)
 
-    no_compiler = {"CXX": "/does/not/exist"}
-    failed = run(tmp_path / "a", **no_compiler)
-    assert failed.stdout.split() == ["False", "False"]
-    assert failed.stderr.count("could not be compiled") == 1
-    assert not list((tmp_path / "a").iterdir())  # nothing is left behind
-    assert run(tmp_path / "b").stdout.split() == ["True", "True"]
-    assert [file.suffix for file in (tmp_path / "b").iterdir()] == [".so"]
-    assert run(tmp_path / "b", **no_compiler).stdout.split() == ["True", "True"]
+@needs_kernels
+def test_a_recording_holds_nothing_of_other_threads():
+    x, started, done = torch.randn(3, 64, dtype=BF16), threading.Event(), threading.Event()
+
+    def elsewhere():
+        started.wait()
+        cpu_kernels.silu_and_mul(-x, x)
+        done.set()
+
+    def work():
+        started.set()
+        done.wait()
+        return cpu_kernels.silu_and_mul(x, x)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    recording = Recording(work, Memory(3))
+    thread.join()
+    assert len(recording._table) == 1 and recording.memory.nbytes == x.nbytes
+
+
+def write_compiler(path, text: str = "cat", version: str = "1"):
+    """A script in a compiler's place: says its version, or runs `text` with its output going to the library."""
+    find_output = 'while [ "$1" != -o ]; do shift; done; exec > "$2"'
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo {version}\n{find_output}\n{text} < "$0"\n')
+    path.chmod(0o700)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The directory of libraries, and a compiler that takes no time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(write_compiler(tmp_path / "c++")))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "nanovllm"
+
+
+@needs_kernels
+def test_library_is_compiled_once_and_found_where_the_compiler_is_gone(cache, monkeypatch):
+    monkeypatch.delenv("CXX")
+    library = build.build()
+    assert ctypes.CDLL(str(library)).attend and list(cache.iterdir()) == [library]
+    os.utime(library, (1, 1))
+    assert build.build() == library
+    monkeypatch.setenv("CXX", "/does/not/exist")
+    assert build.build() == library and library.stat().st_mtime == 1
+
+
+def test_sources_flags_and_compiler_each_make_another_library(cache, monkeypatch, tmp_path):
+    first = build.build()
+    write_compiler(tmp_path / "c++", version="2")
+    second = build.build()
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
+    third = build.build()
+    monkeypatch.setattr(build, "HEADER", write_compiler(tmp_path / "changed.h"))
+    assert len({first, second, third, build.build()}) == len(list(cache.iterdir())) == 4
+    write_compiler(tmp_path / "c++", version="1")
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    assert build.build() == first
+
+
+def load_warned() -> str:
+    """What is said where there are no kernels."""
+    with pytest.warns(UserWarning, match="several times slower.*int8.*not possible") as record:
+        assert load_kernels.__wrapped__() is None
+    [warning] = record
+    return str(warning.message)
+
+
+@needs_kernels
+def test_without_a_compiler_one_warning_says_so(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "/does/not/exist")
+    assert "there is no C++ compiler" in load_warned()
+
+
+@needs_kernels
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(cache, tmp_path):
+    compiler = write_compiler(tmp_path / "c++", "echo 'In file x.h\nerror: no AVX\nthe end' >&2; exit 1")
+    assert load_warned().endswith(f"{compiler} failed: error: no AVX")
+    assert not list(cache.iterdir())
+
+
+def test_without_a_home_to_write_to_the_directory_for_temporary_files_is_used(cache, monkeypatch, tmp_path):
+    for variable, home in (("XDG_CACHE_HOME", "/proc/nowhere"), ("XDG_CACHE_HOME", ""), ("HOME", "/dev/null")):
+        monkeypatch.setenv("HOME", "~")  # as where nobody knows a user's home
+        monkeypatch.setenv(variable, home)
+        library = build.build()
+    assert library.parent == tmp_path / "temporary" / f"nanovllm_kernels_{os.getuid()}"
+    assert list(library.parent.iterdir()) == [library] and library.parent.stat().st_mode & 0o077 == 0
+
+
+def test_a_directory_of_another_user_is_not_trusted(cache, monkeypatch):
+    monkeypatch.setattr(build, "UID", build.UID + 1)
+    with pytest.raises(RuntimeError, match=rf"{cache}: it belongs to another user; .*XDG_CACHE_HOME"):
+        build.build()
+    assert not list(cache.iterdir())
 
 
 def test_processors_without_the_instructions_get_plain_pytorch_silently(monkeypatch, recwarn):

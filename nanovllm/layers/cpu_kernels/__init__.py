@@ -4,6 +4,7 @@ Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim, V vo
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.layers.cpu_kernels.compiled import call, empty, load_kernels
@@ -12,24 +13,25 @@ from nanovllm.utils.context import Context
 GROUP = 128  # as in linear.cpp
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether the functions below can take such tensors."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and load_kernels() is not None
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Whether an [N, K] weight has a size that the two kinds of weights below can have."""
-    return weight.is_contiguous() and weight.shape[0] % 32 == 0 and weight.shape[1] % 4 == 0
+def has_kernels(x: Tensor, inputs: int = 0, head_dim: int = 0) -> bool:
+    """Whether the functions below take such tensors, products of so many inputs, and heads of so many values."""
+    fits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and inputs % 4 == 0 and head_dim <= 256
+    return fits and load_kernels() is not None
 
 
 class PackedWeight:
-    """A [N, K] bf16 weight whose memory is reordered in place for `linear`; the tensor it was means nothing after."""
+    """A [N, K] bf16 weight whose memory is reordered in place for `linear`; the tensor it was means nothing after.
+
+    K must be a multiple of 4. If N is none of 32, it is a copy that is, with rows of zeros at its end.
+    """
 
     kind = "bf16"
 
     def __init__(self, weight: Tensor):
-        self.shape, self.parts = weight.shape, [weight.data]
-        call("pack_bf16", weight.data, *self.shape)
+        self.shape = weight.shape
+        padded = _pad_rows(weight)
+        self.parts = [padded]
+        call("pack_bf16", padded, *padded.shape)
 
     @property
     def nbytes(self) -> int:
@@ -59,16 +61,34 @@ class Int8Weight(PackedWeight):
     kind = "int8"
 
     def __init__(self, weight: Tensor):
-        n, k = self.shape = weight.shape
+        self.shape = weight.shape
+        padded = _pad_rows(weight)
+        n, k = padded.shape
         compensation = torch.empty(n * -(-k // GROUP), dtype=torch.int32)  # of activations stored as unsigned
-        self.parts = [torch.empty(n, k, dtype=torch.int8), torch.empty(n), compensation]  # values, scales
-        call("pack_int8", weight.data, n, k, *self.parts)
+        self.parts = [
+            torch.empty(n, k, dtype=torch.int8),
+            torch.empty(n, dtype=torch.float32),
+            compensation,
+        ]  # values, scales
+        call("pack_int8", padded, n, k, *self.parts)
+
+
+def _pad_rows(weight: Tensor) -> Tensor:
+    """[N, K] with zeros to the next multiple of 32 rows; the weight itself if it has that many."""
+    missing = -weight.shape[0] % 32
+    return F.pad(weight.data, (0, 0, 0, missing)) if missing else weight.data
 
 
 def store(x: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     """Writes [T, KH, D] keys or values to their slots of a [blocks, KH, block_size, D] cache; slot -1 is not stored."""
     assert x.stride()[1:] == (x.shape[2], 1) and slot_mapping.dtype == torch.int64
     call("store_kv", x, x.stride(0), cache, slot_mapping, x.shape[0], *cache.shape[1:])
+
+
+def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
+    """See `nanovllm.layers.attention.AttentionBackend`."""
+    assert copies.is_contiguous() and copies.dtype == torch.int64
+    call("copy_blocks", k_cache, v_cache, copies, len(copies), *k_cache.shape[1:])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:

@@ -4,7 +4,7 @@
 // one KV head at a time: a row is one token's query of one of the heads that share the KV head, so that a key is read
 // once for all of them. Decode is the case of one token.
 //
-// Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim: a multiple of 32, at most 256.
+// Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim: at most 256.
 
 #include "common.h"
 
@@ -13,6 +13,14 @@ namespace {
 constexpr int64_t KEYS = 64;      // of a tile
 constexpr int64_t ROWS = 32;      // query rows of a task
 constexpr int64_t MAX_DIM = 256;  // of a head
+
+inline int64_t padded(int64_t d) { return (d + 31) / 32 * 32; }  // columns of registers that hold d of bf16
+
+// 32 columns of which n may be read, if not the WHOLE: masks would cost the usual sizes a tenth of their time.
+template <bool WHOLE>
+inline __m512i load_columns(const bf16* x, int64_t n) {
+    return WHOLE ? _mm512_loadu_si512(x) : _mm512_maskz_loadu_epi16(lanes32(n), x);
+}
 
 struct Tile {  // n keys from `start` on, and the keys of the tile after it
     const bf16 *k, *v, *next_k;
@@ -56,7 +64,7 @@ inline void fetch(const bf16* x, int64_t stride, int64_t n, int64_t d) {
 }
 
 // scores[r][j] = q[r] . k[j] for n keys; up to three more columns are filled with copies of the last.
-template <int R>
+template <int R, bool WHOLE>
 void multiply_keys(const bf16 (*q)[MAX_DIM], const bf16* k, int64_t stride, int64_t n, int64_t d,
                    float (*scores)[KEYS], const bf16* soon, int64_t soon_stride) {
     for (int64_t j = 0; j < n; j += 4) {
@@ -68,11 +76,11 @@ void multiply_keys(const bf16 (*q)[MAX_DIM], const bf16* k, int64_t stride, int6
         const bf16* keys[4];
         for (int i = 0; i < 4; i++) keys[i] = k + std::min(j + i, n - 1) * stride;
         for (int64_t c = 0; c < d; c += 32) {
-            __m512bh k0 = load32(keys[0] + c), k1 = load32(keys[1] + c), k2 = load32(keys[2] + c),
-                     k3 = load32(keys[3] + c);
+            auto load = [&](const bf16* x) { return (__m512bh)load_columns<WHOLE>(x + c, d - c); };
+            __m512bh k0 = load(keys[0]), k1 = load(keys[1]), k2 = load(keys[2]), k3 = load(keys[3]);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
-                __m512bh a = load32(q[r] + c);
+                __m512bh a = load(q[r]);
                 sums[r][0] = _mm512_dpbf16_ps(sums[r][0], a, k0);
                 sums[r][1] = _mm512_dpbf16_ps(sums[r][1], a, k1);
                 sums[r][2] = _mm512_dpbf16_ps(sums[r][2], a, k2);
@@ -97,7 +105,7 @@ void soften(const float* scores, int64_t n, float scale, Rows& rows, int64_t r, 
     if (maximum > rows.maxima[r]) {
         float factor = std::exp2(rows.maxima[r] - maximum);
         rows.totals[r] *= factor;
-        for (int64_t c = 0; c < d; c++) rows.sums[r][c] *= factor;
+        for (int64_t c = 0; c < padded(d); c++) rows.sums[r][c] *= factor;
         rows.maxima[r] = maximum;
     }
     __m512 total = _mm512_setzero_ps();
@@ -109,10 +117,10 @@ void soften(const float* scores, int64_t n, float scale, Rows& rows, int64_t r, 
     rows.totals[r] += _mm512_reduce_add_ps(total);
 }
 
-// sums[r] += weights[r] . v for n keys, two keys and C x 32 columns at a time.
-template <int R, int C>
-void add_values(const bf16 (*weights)[KEYS], const bf16* v, int64_t stride, int64_t n, float (*sums)[MAX_DIM],
-                const bf16* soon, int64_t soon_stride) {
+// sums[r] += weights[r] . v for n keys, two keys and C x 32 columns at a time, of which there are `columns`.
+template <int R, bool WHOLE, int C>
+void add_values(const bf16 (*weights)[KEYS], const bf16* v, int64_t stride, int64_t n, int64_t columns,
+                float (*sums)[MAX_DIM], const bf16* soon, int64_t soon_stride) {
     __m512 a[R][2 * C];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
@@ -123,7 +131,8 @@ void add_values(const bf16 (*weights)[KEYS], const bf16* v, int64_t stride, int6
         const bf16* second = j + 1 < n ? v + stride : v;  // its weight is 0 then
 #pragma GCC unroll 2
         for (int c = 0; c < C; c++) {
-            __m512i v0 = _mm512_loadu_si512(v + 32 * c), v1 = _mm512_loadu_si512(second + 32 * c);
+            __m512i v0 = load_columns<WHOLE>(v + 32 * c, columns - 32 * c);
+            __m512i v1 = load_columns<WHOLE>(second + 32 * c, columns - 32 * c);
             __m512bh low = (__m512bh)_mm512_unpacklo_epi16(v0, v1), high = (__m512bh)_mm512_unpackhi_epi16(v0, v1);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
@@ -139,17 +148,17 @@ void add_values(const bf16 (*weights)[KEYS], const bf16* v, int64_t stride, int6
         for (int c = 0; c < 2 * C; c++) _mm512_storeu_ps(sums[r] + 16 * c, a[r][c]);
 }
 
-template <int R>
+template <int R, bool WHOLE>
 void attend_tile(Rows& rows, int64_t first, const Tile& tile, const Keys& keys, int64_t d, float scale) {
     alignas(64) float scores[R][KEYS];
     alignas(64) bf16 weights[R][KEYS];
-    multiply_keys<R>(rows.q + first, tile.k, keys.k_stride, tile.n, d, scores, tile.v, keys.v_stride);
+    multiply_keys<R, WHOLE>(rows.q + first, tile.k, keys.k_stride, tile.n, d, scores, tile.v, keys.v_stride);
     for (int r = 0; r < R; r++)
         soften(scores[r], std::min(tile.n, rows.limits[first + r] - tile.start), scale, rows, first + r, d, weights[r]);
     for (int64_t c = 0; c < d; c += 64) {
         auto sums = (float (*)[MAX_DIM])(rows.sums[first] + c);
-        auto add = c + 64 <= d ? add_values<R, 2> : add_values<R, 1>;
-        add(weights, tile.v + c, keys.v_stride, tile.n, sums, tile.next_k + c, keys.k_stride);
+        auto add = d - c > 32 ? add_values<R, WHOLE, 2> : add_values<R, WHOLE, 1>;
+        add(weights, tile.v + c, keys.v_stride, tile.n, d - c, sums, tile.next_k + c, keys.k_stride);
     }
 }
 
@@ -160,8 +169,8 @@ void write_row(const float* sums, float total, bf16* out, int64_t d) {
     for (int64_t c = 0; c < d; c += 32) {
         __m512 a = _mm512_mul_ps(_mm512_loadu_ps(sums + c), factor);
         __m512 b = _mm512_mul_ps(_mm512_loadu_ps(sums + c + 16), factor);
-        store16(out + c, _mm512_permutex2var_ps(a, low, b));
-        store16(out + c + 16, _mm512_permutex2var_ps(a, high, b));
+        store16(out + c, _mm512_permutex2var_ps(a, low, b), d - c);
+        store16(out + c + 16, _mm512_permutex2var_ps(a, high, b), d - c - 16);
     }
 }
 
@@ -180,6 +189,20 @@ EXPORT void store_kv(const bf16* x, int64_t stride, bf16* cache, const int64_t* 
             int64_t block = slots[t] / block_size, offset = slots[t] % block_size;
             std::memcpy(cache + ((block * num_kv_heads + h) * block_size + offset) * d, x + t * stride + h * d, 2 * d);
         }
+}
+
+// Copies the first slots of blocks of two [blocks, KH, block_size, D] caches, for each of copies [n, 3] (source block,
+// target block, number of slots) in this order: a head's copies are all one thread's.
+EXPORT void copy_blocks(bf16* k_cache, bf16* v_cache, const int64_t* copies, int64_t num_copies, int64_t num_kv_heads,
+                        int64_t block_size, int64_t d) {
+#pragma omp parallel for collapse(2)
+    for (int64_t is_v = 0; is_v < 2; is_v++)
+        for (int64_t h = 0; h < num_kv_heads; h++)
+            for (const int64_t* copy = copies; copy < copies + 3 * num_copies; copy += 3) {
+                bf16* head = (is_v ? v_cache : k_cache) + h * block_size * d;
+                int64_t stride = num_kv_heads * block_size * d;
+                std::memcpy(head + copy[1] * stride, head + copy[0] * stride, 2 * copy[2] * d);
+            }
 }
 
 // q, out [T, H, D]; bounds [S + 1] of each sequence's queries (nullptr: one each); lens [S] keys, whose last query sees
@@ -214,7 +237,7 @@ EXPORT void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const
             rows.limits[r] = lens[s] - num_queries + token + 1;
             rows.maxima[r] = -INFINITY;
             rows.totals[r] = 0;
-            std::fill(rows.sums[r], rows.sums[r] + d, 0.0f);
+            std::fill(rows.sums[r], rows.sums[r] + padded(d), 0.0f);
         }
         int64_t limit = rows.limits[num_rows - 1];
         Tile tile, next = limit > 0 ? keys.tile(0, std::min(limit, KEYS)) : Tile{};
@@ -225,7 +248,10 @@ EXPORT void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const
             for (int64_t r = 0; r < num_rows; r += 4) {
                 int64_t num = std::min<int64_t>(4, num_rows - r);
                 if (rows.limits[r + num - 1] <= from) continue;
-                with_rows<4>(num, [&]<int R>() { attend_tile<R>(rows, r, tile, keys, d, scale); });
+                with_rows<4>(num, [&]<int R>() {
+                    auto attend_rows = d % 32 ? attend_tile<R, false> : attend_tile<R, true>;
+                    attend_rows(rows, r, tile, keys, d, scale);
+                });
             }
         }
         for (int64_t r = 0; r < num_rows; r++) {

@@ -33,6 +33,7 @@ inline void store16(bf16* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, narr
 inline void store16(bf16* to, __m512 x, int64_t n) { _mm256_mask_storeu_epi16(to, lanes(n), narrow(x)); }
 inline __m512 rounded(__m512 x) { return widen(narrow(x)); }
 inline __m512bh load32(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }
+inline __mmask32 lanes32(int64_t n) { return n >= 32 ? 0xffffffff : n > 0 ? (1u << n) - 1 : 0; }
 inline __m512bh broadcast_pair(const bf16* x) {
     int32_t pair;
     std::memcpy(&pair, x, 4);

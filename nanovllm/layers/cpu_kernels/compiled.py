@@ -1,31 +1,20 @@
-"""The compiled functions: built when first needed and kept for every process of this machine; called, or recorded."""
+"""The compiled functions, called or recorded."""
 
 import ctypes
-import hashlib
 import math
-import os
-import shutil
 import struct
-import sysconfig
-import tempfile
+import threading
 import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanovllm.layers.cpu_kernels.build import FEATURES, build
 from nanovllm.utils.device import cpu_has
-
-SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
-FEATURES = ["avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16", "avx512_vnni"]
-FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-mfma", "-mprefer-vector-width=512"]
-FLAGS += ["-m" + feature.replace("512_", "512") for feature in FEATURES]
 
 # Of each function the kinds of its arguments: pointer, integer, fp32.
 SIGNATURES = {
@@ -36,6 +25,7 @@ SIGNATURES = {
     "rows_bf16": "pppii",
     "rows_int8": "ppppii",
     "store_kv": "pippiiii",
+    "copy_blocks": "pppiiii",
     "attend": "pppppppiiiiiiii",
     "add_rms_norm": "pppfppii",
     "norm_rope": "pipippfpppppiiii",
@@ -53,11 +43,11 @@ def load_kernels() -> ctypes.CDLL | None:
     if not all(cpu_has(feature) for feature in FEATURES):
         return None
     try:
-        library = ctypes.CDLL(str(_build()))
+        library = ctypes.CDLL(str(build()))
     except Exception as error:  # whatever a compiler, a file system or a linker can do wrong
         warnings.warn(
-            f"the CPU kernels could not be compiled, so plain PyTorch is used, which is several times slower; "
-            f"install a C++ compiler (g++ 10 or newer) and the package ninja. The reason: {str(error)[:500]}",
+            "there are no compiled CPU kernels: plain PyTorch computes instead, several times slower, and "
+            f"quantization='int8' is not possible. The reason: {error}",
             stacklevel=2,
         )
         return None
@@ -67,66 +57,71 @@ def load_kernels() -> ctypes.CDLL | None:
     return library
 
 
-def _build() -> Path:
-    """The shared library of these sources; compiles it if this machine's cache does not have it."""
-    files = [*SOURCES, Path(__file__).parent / "common.h"]
-    key = hashlib.sha256(b"".join(file.read_bytes() for file in files) + " ".join(FLAGS).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-    library = root / f"nanovllm_cpu_kernels_{key}.so"
-    if not library.exists():
-        from torch.utils.cpp_extension import load  # imports setuptools, which takes a while
+class _Thread(threading.local):
+    recording: "Recording | None" = None  # under way
 
-        root.mkdir(parents=True, exist_ok=True)
-        # In a directory of its own: a process that is killed while it compiles leaves no lock for others to wait on.
-        directory, path = tempfile.mkdtemp(dir=root), os.environ["PATH"]
-        os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + path  # ninja, if no environment is activated
-        try:
-            options = {"extra_cflags": FLAGS, "extra_ldflags": ["-fopenmp"], "build_directory": directory}
-            load("kernels", [str(source) for source in SOURCES], **options, is_python_module=False)
-            os.replace(Path(directory) / "kernels.so", library)
-        finally:
-            os.environ["PATH"] = path
-            shutil.rmtree(directory, ignore_errors=True)
-    return library
+
+_thread = _Thread()
 
 
 def call(name: str, *args: torch.Tensor | int | float | None) -> None:
     """Runs a function, and notes the call if there is a `Recording` under way."""
     values = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
     getattr(load_kernels(), name)(*values)
-    if _recording is not None:
-        _recording.calls.append((name, values))
+    if _thread.recording is not None:
+        _thread.recording.calls.append((name, values))
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Memory for a result."""
-    return torch.empty(*shape, dtype=dtype) if _recording is None else _recording.empty(shape, dtype)
+    recording = _thread.recording
+    return torch.empty(*shape, dtype=dtype) if recording is None else recording.memory.empty(shape, dtype)
 
 
-_recording: "Recording | None" = None
+class Memory:
+    """What recordings of at most `max_rows` rows write to, all of them to the same places.
+
+    A buffer is for rows of one width and has room for the most of them. So recordings need the same buffers however
+    many rows they have, and none of their own; what no recording has reached yet takes no memory.
+    """
+
+    def __init__(self, max_rows: int):
+        self.max_rows = max_rows
+        self.nbytes = 0
+        self._free: dict[int, list[np.ndarray]] = defaultdict(list)  # buffers not in use, by bytes a row
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As torch.empty, of a buffer that is used again once nothing refers to the tensor."""
+        assert shape[0] <= self.max_rows
+        width = math.prod(shape[1:]) * dtype.itemsize
+        free = self._free[width]
+        if not free:
+            free.append(np.empty(self.max_rows * width, dtype=np.uint8))
+            self.nbytes += free[-1].nbytes
+        buffer = free.pop()
+        used = buffer[: shape[0] * width]  # an array object of its own, which ends with the tensor's storage
+        weakref.finalize(used, free.append, buffer).atexit = False
+        return torch.from_numpy(used).view(dtype).view(shape)
 
 
 class Recording:
     """The calls of one run of a piece of work, which `replay` repeats without Python between them.
 
-    For work that reads and writes the same memory each time. Its results live in memory that other recordings use too:
-    they are valid until the next run or replay of one. What PyTorch computes itself is not recorded; if there is any,
-    `is_complete` is false, unless `is_checked` says not to look.
+    For work that reads and writes the same memory each time, and of which all is done by `call`. Its results, the
+    `output` among them, are valid until the next run or replay of a recording in the same `memory`.
     """
 
-    _free: dict[int, list[np.ndarray]] = defaultdict(list)  # buffers of all recordings that none uses now, by size
-
-    def __init__(self, work: Callable[[], torch.Tensor], is_checked: bool = True):
-        global _recording
+    def __init__(self, work: Callable[[], torch.Tensor], memory: Memory):
         self.calls: list[tuple[str, list]] = []
-        watch = _Watch() if is_checked else None
-        _recording = self
+        self.memory = memory
+        _thread.recording = self
         try:
-            with watch or nullcontext():
-                self.output = work()
+            output = work()
         finally:
-            _recording = None
-        self.is_complete = watch is None or not watch.has_computed
+            _thread.recording = None
+        # The same memory, but not what keeps its buffer from other recordings.
+        data = (ctypes.c_byte * output.nbytes).from_address(output.data_ptr())
+        self.output = torch.frombuffer(data, dtype=output.dtype).view(output.shape)
         formats = {name: "".join(PACKED[kind] for kind in kinds) for name, kinds in SIGNATURES.items()}
         packed = [struct.pack(formats[name], *(value or 0 for value in values)) for name, values in self.calls]
         self._arguments = np.frombuffer(b"".join(packed), dtype=np.int64)
@@ -137,26 +132,6 @@ class Recording:
         self._table = np.stack([np.array(functions, dtype=np.int64), starts], axis=1)  # [calls, 2]
         self.calls.clear()
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """As torch.empty, of memory that is used again once nothing refers to the tensor, but never given back."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        size = 1 << (num_bytes - 1).bit_length()
-        buffer = self._free[size].pop() if self._free[size] else np.empty(size, dtype=np.uint8)
-        used = buffer[:num_bytes]  # an array object of its own, which ends with the tensor's storage
-        weakref.finalize(used, self._free[size].append, buffer)
-        return torch.from_numpy(used).view(dtype).view(shape)
-
     def replay(self) -> torch.Tensor:
         load_kernels().replay(self._table.ctypes.data, len(self._table))
         return self.output
-
-
-class _Watch(TorchDispatchMode):
-    """Notices what PyTorch computes, which is all but views and memory."""
-
-    has_computed = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        harmless = torch.ops.aten.empty, torch.ops.aten.detach
-        self.has_computed |= not func.is_view and func.overloadpacket not in harmless
-        return func(*args, **(kwargs or {}))

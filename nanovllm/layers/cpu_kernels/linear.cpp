@@ -4,7 +4,8 @@
 // follow each other, as the dot-product instructions take them: [N / 32, K / 2, 32, 2]. A panel fills exactly the
 // memory of its rows, so that bf16 weights are reordered in place. Activations get the same order within a tile.
 //
-// Legend: a product is [M, K] activations times the transpose of an [N, K] weight. N is a multiple of 32, K of 4.
+// Legend: a product is [M, K] activations times the transpose of an [N, K] weight. K is a multiple of 4; if N is none of
+// 32, rows of zeros fill the weight's last panel, and there are no outputs for them.
 
 #include "common.h"
 
@@ -34,13 +35,13 @@ struct Prefetch {
 inline int64_t first_row(int64_t tile, int64_t tiles, int64_t m) { return tile * m / tiles; }
 
 template <int R>
-void tile_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16* out, int64_t n, int64_t k,
+void tile_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16* out, int64_t n, int64_t columns, int64_t k,
                Prefetch ahead) {
     __m512 sums[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-        sums[r][0] = bias ? load16(bias) : _mm512_setzero_ps();
-        sums[r][1] = bias ? load16(bias + 16) : _mm512_setzero_ps();
+        sums[r][0] = bias ? load16(bias, columns) : _mm512_setzero_ps();
+        sums[r][1] = bias ? load16(bias + 16, columns - 16) : _mm512_setzero_ps();
     }
     for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL, x += 2 * R) {
         ahead.step();
@@ -53,7 +54,10 @@ void tile_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16* out, int64_
         }
     }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) _mm512_storeu_si512(out + r * n, (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]));
+    for (int r = 0; r < R; r++) {
+        __m512i row = (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]);
+        _mm512_mask_storeu_epi16(out + r * n, lanes32(columns), row);
+    }
 }
 
 struct Int8Weight {
@@ -108,8 +112,9 @@ void tile_int8(const uint8_t* x, const float* x_scales, const Int8Weight& w, int
     for (int r = 0; r < R; r++)
         for (int64_t i = 0; i < PANEL; i += 16) {
             __m512 scale = _mm512_loadu_ps(w.scales + panel * PANEL + i);
-            __m512 shift = bias ? load16(bias + panel * PANEL + i) : _mm512_setzero_ps();
-            store16(out + r * n + i, _mm512_fmadd_ps(_mm512_load_ps(sums[r] + i), scale, shift));
+            int64_t column = panel * PANEL + i;
+            __m512 shift = bias ? load16(bias + column, n - column) : _mm512_setzero_ps();
+            store16(out + r * n + i, _mm512_fmadd_ps(_mm512_load_ps(sums[r] + i), scale, shift), n - column);
         }
 }
 
@@ -127,7 +132,7 @@ void for_products(int64_t m, int64_t n, F&& f) {
     int64_t tiles = (m + TILE_ROWS - 1) / TILE_ROWS, blocks = (tiles + TASK_TILES - 1) / TASK_TILES;
 #pragma omp for collapse(2) schedule(guided)
     for (int64_t block = 0; block < blocks; block++)
-        for (int64_t panel = 0; panel < n / PANEL; panel++)
+        for (int64_t panel = 0; panel < (n + PANEL - 1) / PANEL; panel++)
             for (int64_t t = first_row(block, blocks, tiles); t < first_row(block + 1, blocks, tiles); t++) {
                 int64_t row = first_row(t, tiles, m);
                 f(row, first_row(t + 1, tiles, m) - row, panel);
@@ -136,7 +141,7 @@ void for_products(int64_t m, int64_t n, F&& f) {
 
 }  // namespace
 
-// Reorders a [n, k] weight in place.
+// Reorders a [n, k] weight in place; here n is a multiple of 32.
 EXPORT void pack_bf16(bf16* w, int64_t n, int64_t k) {
 #pragma omp parallel
     {
@@ -151,7 +156,7 @@ EXPORT void pack_bf16(bf16* w, int64_t n, int64_t k) {
     }
 }
 
-// Quantises a [n, k] weight, each row by its largest value, into the arrays of an Int8Weight.
+// Quantises a [n, k] weight, each row by its largest value, into the arrays of an Int8Weight; n likewise.
 EXPORT void pack_int8(const bf16* w, int64_t n, int64_t k, int8_t* values, float* scales, int32_t* compensation) {
     int64_t groups = (k + GROUP - 1) / GROUP;
 #pragma omp parallel for
@@ -189,7 +194,8 @@ EXPORT void linear_bf16(const bf16* x, int64_t ldx, const bf16* w, const bf16* b
             const bf16 *values = w + panel * PANEL * k, *shift = bias ? bias + panel * PANEL : nullptr;
             Prefetch ahead(values, 2 * PANEL * k, row, rows, m);
             with_rows<TILE_ROWS>(rows, [&]<int R>() {
-                tile_bf16<R>(packed + row * k, values, shift, out + row * n + panel * PANEL, n, k, ahead);
+                int64_t column = panel * PANEL;
+                tile_bf16<R>(packed + row * k, values, shift, out + row * n + column, n, n - column, k, ahead);
             });
         });
     }
