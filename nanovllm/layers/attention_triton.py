@@ -86,7 +86,7 @@ class TritonAttention:
         )  # fmt: skip
         _merge_splits_kernel[num_heads, num_seqs](
             partial, log_sums, out, context.context_lens, num_splits,
-            H=num_heads, D=head_dim, BLOCK_D=block_d, MAX_SPLITS=MAX_SPLITS, TILE=config["TILE"], num_warps=8
+            H=num_heads, D=head_dim, BLOCK_D=block_d, MAX_SPLITS=MAX_SPLITS, TILE=config["TILE"]
         )  # fmt: skip
         return out
 
@@ -98,9 +98,13 @@ def prefill_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtyp
     """
     width = max(triton.next_power_of_2(head_dim), 32)
     if dtype == torch.float32:  # no tensor cores
-        return {"ROWS": 16, "TILE": 16, "num_warps": min(width // 8, 16), "num_stages": 2}
-    tiles = {32: 128, 64: 128, 128: 64, 256: 32} if capability[0] in (9, 10) else {32: 32, 64: 64, 128: 32, 256: 16}
-    return {"ROWS": 128 if width <= 128 else 64, "TILE": tiles[width], "num_warps": 8, "num_stages": 3}
+        return {"ROWS": 16, "TILE": 16, "num_warps": min(width // 8, 16), "num_stages": 3}
+    if capability[0] in (9, 10):
+        tiles = {32: 128, 64: 128, 128: 64, 256: 32 if capability[0] == 9 else 64}
+    else:
+        tiles = {32: 32, 64: 64, 128: 32, 256: 16}
+    stages = 2 if width == 256 and capability[0] == 10 else 3
+    return {"ROWS": 128 if width <= 128 else 64, "TILE": tiles[width], "num_warps": 8, "num_stages": stages}
 
 
 def decode_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> dict[str, int]:

@@ -203,7 +203,7 @@ VARIANTS = [(torch.bfloat16, head_dim, 2, 256) for head_dim in (32, 80, 256)]  #
 VARIANTS += [(torch.bfloat16, 128, 2, 16), (torch.float32, 128, 2, 256)]
 if ALL:
     VARIANTS += [(torch.bfloat16, head_dim, 20, 16) for head_dim in (16, 48, 64, 96, 160, 256)]
-    VARIANTS += [(torch.float32, head_dim, group, 256) for head_dim, group in ((64, 2), (128, 20), (256, 2), (256, 20))]
+    VARIANTS += [(torch.float32, head_dim, group, 256) for head_dim, group in ((64, 2), (128, 20), (256, 16))]
 
 
 def check_binary(kernel, tensors: str, others: str, arch: int, dtype: torch.dtype, constexprs: dict) -> None:
@@ -238,7 +238,7 @@ def test_kernels_fit_each_architecture(arch, dtype, head_dim, group, block_size)
         arch, dtype,
         {"KH": 8, "GROUP": group, "ROWS": rows, "D": head_dim, "BLOCK_D": block_d, "BLOCK_SIZE": block_size, **config},
     )  # fmt: skip
-    splits = {"MAX_SPLITS": attention_triton.MAX_SPLITS, "TILE": config["TILE"], "num_warps": 8}
+    splits = {"MAX_SPLITS": attention_triton.MAX_SPLITS, "TILE": config["TILE"]}
     check_binary(
         attention_triton._merge_splits_kernel, "out",
         "partial=*fp32:16 log_sums=*fp32:16 context_lens=*i32 num_splits=i32",
