@@ -62,7 +62,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers import cpu_kernels
 from nanovllm.layers.attention_cpu import CPUAttention
-from nanovllm.utils.device import default_batched_tokens, resolve_device, upload
+from nanovllm.utils.device import default_batched_tokens, default_threads, resolve_device, upload
 
 QWEN3_0_6B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28,
@@ -363,7 +363,7 @@ def throughput(args: argparse.Namespace, config: Config) -> Figures:
     figures: Figures = {"engine": args.engine, "model": args.model or "the shape of Qwen3-0.6B"}
     figures |= engine_options(args) | lengths | {"temperature": args.temperature, "dtype": dtype_name(config)}
     figures["device"] = torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else "cpu"
-    figures |= {"threads": torch.get_num_threads(), "prompt_tokens": workload.prompt_tokens}
+    figures |= {"threads": default_threads(), "prompt_tokens": workload.prompt_tokens}
     figures |= {"startup_seconds": startup_seconds, "python_seconds": python_seconds} | timed(generate, workload)
     if args.engine != "vllm" or config.device.type == "cpu":  # its own process has allocated what is on CUDA
         figures["peak_gbytes"] = peak_memory(config.device) / 1e9
