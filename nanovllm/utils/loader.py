@@ -1,7 +1,7 @@
 """Safetensors into the parameters of a model, one tensor at a time. Knows no architecture and no process.
 
 A parameter on the meta device has memory from the moment when its first tensor comes, and is converted when it has its
-last one: so of a model whose weights end up smaller, or elsewhere, there is never more than one in its first form.
+last one: so of a model whose weights end up smaller, or elsewhere, there are never more than a few in their first form.
 """
 
 import json
