@@ -82,6 +82,8 @@ class ModelRunner:
         """Prepares the thread that will run the steps: PyTorch's settings are each thread's own."""
         torch.set_num_threads(self.num_threads)
         stop_spinning(self.num_threads)
+        if cpu_kernels.has_kernels(torch.empty(0, dtype=self.config.dtype, device=self.device)):
+            cpu_kernels.set_num_threads(self.num_threads)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.attentions[0].k_cache.device)
 

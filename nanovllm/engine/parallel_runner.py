@@ -17,7 +17,6 @@ from nanovllm.engine.batch_codec import BatchCodec
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.workers import Channel, Workers
 from nanovllm.utils.device import default_threads
-from nanovllm.utils.openmp import stop_spinning
 from nanovllm.utils.parallel import TensorParallel, connect
 
 
@@ -119,12 +118,12 @@ class ParallelRunner(ModelRunner):
 def serve(rank: int, channel: Channel, rendezvous: Path, config: Config, num_threads: int) -> None:
     """What a further rank does all its life, once for each `(method, *args)` that rank 0 publishes."""
     torch.set_num_threads(num_threads)
-    stop_spinning(num_threads)
     config.device = rank_device(config.device, rank)
     channel.receive(rank)  # "join"
     tp = connect(rank, config.tensor_parallel_size, config.device, rendezvous)
     tp.count = channel.counter(rank)
     runner = ModelRunner(config, tp)
+    runner.enter_thread()
     codec = BatchCodec(runner.block_size, runner.batch_builder.max_blocks)
     methods = {"forward": lambda message: runner.forward(codec.decode(message)), "copy_blocks": runner.copy_blocks}
     with torch.inference_mode():

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 import weakref
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import chi_squared_p
+from helpers import ROOT, chi_squared_p
 from nanovllm.layers import cpu_kernels
 from nanovllm.layers.cpu_kernels import Int8Weight, PackedWeight, build, compiled
 from nanovllm.layers.cpu_kernels.compiled import Memory, Recording, load_kernels
@@ -271,7 +273,7 @@ def test_sources_flags_and_compiler_each_make_another_library(cache, monkeypatch
     second = build.build()
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
     third = build.build()
-    monkeypatch.setattr(build, "HEADER", write_compiler(tmp_path / "changed.h"))
+    monkeypatch.setattr(build, "HEADERS", [write_compiler(tmp_path / "changed.h")])
     assert len({first, second, third, build.build()}) == len(list(cache.iterdir())) == 4
     write_compiler(tmp_path / "c++", version="1")
     monkeypatch.undo()
@@ -321,3 +323,37 @@ def test_processors_without_the_instructions_get_plain_pytorch_silently(monkeypa
     monkeypatch.setattr(compiled, "cpu_has", lambda feature: feature != "avx512_vnni")
     assert load_kernels.__wrapped__() is None
     assert not recwarn.list
+
+
+THREADS = """
+import os, sys, torch
+from concurrent.futures import ThreadPoolExecutor
+from nanovllm.layers import cpu_kernels
+torch.manual_seed(0)
+x = torch.randn(37, 512).bfloat16()
+weight = cpu_kernels.PackedWeight(torch.randn(1056, 512).bfloat16())
+
+def work(count):
+    cpu_kernels.set_num_threads(count)
+    return [weight.linear(x) for _ in range(200)]
+
+expected = work(1)[0]
+with ThreadPoolExecutor(3) as pool:  # each caller has threads of its own
+    for results in pool.map(work, [2, 5, 3]):
+        assert all(torch.equal(result, expected) for result in results)
+work(4)
+child = os.fork()  # which has no threads but this one
+if child == 0:
+    assert torch.equal(weight.linear(x), expected)
+    sys.exit(0)  # with the ends of threads, of which there are none
+assert os.waitpid(child, 0)[1] == 0
+print("done")
+"""
+
+
+@needs_kernels
+def test_results_do_not_depend_on_threads_of_which_each_caller_has_its_own_also_after_a_fork():
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}  # of forks beside threads
+    command = [sys.executable, "-c", THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    assert done.stdout == "done\n", done.stderr

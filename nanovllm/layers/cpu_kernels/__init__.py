@@ -19,6 +19,11 @@ def has_kernels(x: Tensor, inputs: int = 0, head_dim: int = 0) -> bool:
     return fits and load_kernels() is not None
 
 
+def set_num_threads(count: int) -> None:
+    """How many threads work for the calling one from now on; by default `default_threads()`. They end with it."""
+    load_kernels().set_num_threads(count)
+
+
 class PackedWeight:
     """A [N, K] bf16 weight whose memory is reordered in place for `linear`; the tensor it was means nothing after.
 

@@ -183,26 +183,24 @@ struct Task {
 // Writes [T, KH, D] keys or values (tokens `stride` apart) to their slots of a [blocks, KH, block_size, D] cache.
 EXPORT void store_kv(const bf16* x, int64_t stride, bf16* cache, const int64_t* slots, int64_t num_tokens,
                      int64_t num_kv_heads, int64_t block_size, int64_t d) {
-#pragma omp parallel for if (num_tokens > 4)
-    for (int64_t t = 0; t < num_tokens; t++)
+    parallel_for(num_tokens, 5, [&](int64_t t) {
         for (int64_t h = 0; h < num_kv_heads && slots[t] >= 0; h++) {
             int64_t block = slots[t] / block_size, offset = slots[t] % block_size;
             std::memcpy(cache + ((block * num_kv_heads + h) * block_size + offset) * d, x + t * stride + h * d, 2 * d);
         }
+    });
 }
 
 // Copies the first slots of blocks of two [blocks, KH, block_size, D] caches, for each of copies [n, 3] (source block,
 // target block, number of slots) in this order: a head's copies are all one thread's.
 EXPORT void copy_blocks(bf16* k_cache, bf16* v_cache, const int64_t* copies, int64_t num_copies, int64_t num_kv_heads,
                         int64_t block_size, int64_t d) {
-#pragma omp parallel for collapse(2)
-    for (int64_t is_v = 0; is_v < 2; is_v++)
-        for (int64_t h = 0; h < num_kv_heads; h++)
-            for (const int64_t* copy = copies; copy < copies + 3 * num_copies; copy += 3) {
-                bf16* head = (is_v ? v_cache : k_cache) + h * block_size * d;
-                int64_t stride = num_kv_heads * block_size * d;
-                std::memcpy(head + copy[1] * stride, head + copy[0] * stride, 2 * copy[2] * d);
-            }
+    parallel_for(2 * num_kv_heads, 2, [&](int64_t i) {
+        bf16* head = (i < num_kv_heads ? k_cache : v_cache) + i % num_kv_heads * block_size * d;
+        int64_t stride = num_kv_heads * block_size * d;
+        for (const int64_t* copy = copies; copy < copies + 3 * num_copies; copy += 3)
+            std::memcpy(head + copy[1] * stride, head + copy[0] * stride, 2 * copy[2] * d);
+    });
 }
 
 // q, out [T, H, D]; bounds [S + 1] of each sequence's queries (nullptr: one each); lens [S] keys, whose last query sees
@@ -220,8 +218,7 @@ EXPORT void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const
             for (int64_t first = 0; first < rows; first += ROWS)
                 tasks.push_back({s, h, first, std::min(rows, first + ROWS)});
     }
-#pragma omp parallel for schedule(guided)
-    for (size_t i = 0; i < tasks.size(); i++) {
+    parallel_for(tasks.size(), 2, [&](int64_t i) {
         auto [s, h, first, end] = tasks[i];
         int64_t start = bounds ? bounds[s] : s, num_queries = bounds ? bounds[s + 1] - start : 1;
         int64_t block = block_size * d;
@@ -258,7 +255,7 @@ EXPORT void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const
             int64_t token = (first + r) / group, head = h * group + (first + r) % group;
             write_row(rows.sums[r], rows.totals[r], out + ((start + token) * num_heads + head) * d, d);
         }
-    }
+    });
 }
 
 REPLAYABLE(store_kv)

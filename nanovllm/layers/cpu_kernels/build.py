@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
-HEADER = Path(__file__).parent / "common.h"
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FEATURES = ["avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16", "avx512_vnni"]
 UID = os.getuid() if hasattr(os, "getuid") else 0  # as Windows says of every file
-FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"]
 FLAGS += ["-mfma", "-mprefer-vector-width=512", *("-m" + feature.replace("512_", "512") for feature in FEATURES)]
 
 
@@ -21,7 +21,7 @@ def build() -> Path:
     """The library's file; compiles it unless some process of this user has. RuntimeError that says what is missing."""
     compiler = _find_compiler()
     version = _run([*compiler, "--version"]) if compiler else ""
-    name = "cpu_kernels-" + _digest(*(file.read_text() for file in [*SOURCES, HEADER]), *FLAGS)
+    name = "cpu_kernels-" + _digest(*(file.read_text() for file in [*SOURCES, *HEADERS]), *FLAGS)
     library = f"{name}-{_digest(version)}.so" if compiler else f"{name}-*.so"
     problems = []
     for directory in _directories():

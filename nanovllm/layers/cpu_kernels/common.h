@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "threads.h"
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 using bf16 = uint16_t;

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nanovllm.layers.cpu_kernels.build import FEATURES, build
-from nanovllm.utils.device import cpu_has
+from nanovllm.utils.device import cpu_has, default_threads
 
 # Of each function the kinds of its arguments: pointer, integer, fp32.
 SIGNATURES = {
@@ -32,6 +32,8 @@ SIGNATURES = {
     "silu_and_mul": "ppipii",
     "sample": "pipppii",
     "replay": "pi",
+    "set_num_threads": "i",
+    "set_default_threads": "i",
 }
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 PACKED = {"p": "q", "i": "q", "f": "f4x"}  # in 64 bits each
@@ -54,6 +56,7 @@ def load_kernels() -> ctypes.CDLL | None:
     for name, kinds in SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [KINDS[kind] for kind in kinds], None
+    library.set_default_threads(default_threads())
     return library
 
 

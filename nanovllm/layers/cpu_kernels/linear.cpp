@@ -122,45 +122,41 @@ void tile_int8(const uint8_t* x, const float* x_scales, const Int8Weight& w, int
 template <class F>
 void for_tiles(int64_t m, F&& f) {
     int64_t tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < tiles; t++) f(first_row(t, tiles, m), first_row(t + 1, tiles, m) - first_row(t, tiles, m));
+    parallel_for(tiles, 4, [&](int64_t t) {
+        f(first_row(t, tiles, m), first_row(t + 1, tiles, m) - first_row(t, tiles, m));
+    });
 }
 
 // For each tile of rows and each panel of columns: f(first row, rows, panel), in parallel.
 template <class F>
 void for_products(int64_t m, int64_t n, F&& f) {
     int64_t tiles = (m + TILE_ROWS - 1) / TILE_ROWS, blocks = (tiles + TASK_TILES - 1) / TASK_TILES;
-#pragma omp for collapse(2) schedule(guided)
-    for (int64_t block = 0; block < blocks; block++)
-        for (int64_t panel = 0; panel < (n + PANEL - 1) / PANEL; panel++)
-            for (int64_t t = first_row(block, blocks, tiles); t < first_row(block + 1, blocks, tiles); t++) {
-                int64_t row = first_row(t, tiles, m);
-                f(row, first_row(t + 1, tiles, m) - row, panel);
-            }
+    int64_t panels = (n + PANEL - 1) / PANEL;
+    parallel_for(blocks * panels, 2, [&](int64_t i) {
+        int64_t block = i / panels;
+        for (int64_t t = first_row(block, blocks, tiles); t < first_row(block + 1, blocks, tiles); t++) {
+            int64_t row = first_row(t, tiles, m);
+            f(row, first_row(t + 1, tiles, m) - row, i % panels);
+        }
+    });
 }
 
 }  // namespace
 
 // Reorders a [n, k] weight in place; here n is a multiple of 32.
 EXPORT void pack_bf16(bf16* w, int64_t n, int64_t k) {
-#pragma omp parallel
-    {
-        std::vector<bf16> rows(PANEL * k);
-#pragma omp for
-        for (int64_t panel = 0; panel < n / PANEL; panel++) {
-            bf16* to = w + panel * PANEL * k;
-            std::memcpy(rows.data(), to, 2 * PANEL * k);
-            for (int64_t i = 0; i < k; i += 2)
-                for (int64_t row = 0; row < PANEL; row++, to += 2) std::memcpy(to, &rows[row * k + i], 4);
-        }
-    }
+    parallel_for(n / PANEL, 2, [&](int64_t panel) {
+        bf16* to = w + panel * PANEL * k;
+        std::vector<bf16> rows(to, to + PANEL * k);
+        for (int64_t i = 0; i < k; i += 2)
+            for (int64_t row = 0; row < PANEL; row++, to += 2) std::memcpy(to, &rows[row * k + i], 4);
+    });
 }
 
 // Quantises a [n, k] weight, each row by its largest value, into the arrays of an Int8Weight; n likewise.
 EXPORT void pack_int8(const bf16* w, int64_t n, int64_t k, int8_t* values, float* scales, int32_t* compensation) {
     int64_t groups = (k + GROUP - 1) / GROUP;
-#pragma omp parallel for
-    for (int64_t row = 0; row < n; row++) {
+    parallel_for(n, 2, [&](int64_t row) {
         int64_t panel = row / PANEL, lane = row % PANEL;
         float largest = 0;
         for (int64_t i = 0; i < k; i++) largest = std::max(largest, std::abs(to_float(w[row * k + i])));
@@ -174,7 +170,7 @@ EXPORT void pack_int8(const bf16* w, int64_t n, int64_t k, int8_t* values, float
             }
             compensation[(panel * groups + g) * PANEL + lane] = -128 * sum;
         }
-    }
+    });
 }
 
 // out [m, n] = x [m, k] (rows ldx apart) times a packed weight's transpose, plus bias [n] if there is one.
@@ -183,22 +179,19 @@ EXPORT void linear_bf16(const bf16* x, int64_t ldx, const bf16* w, const bf16* b
     static thread_local std::vector<bf16> buffer;
     buffer.resize(m * k);
     bf16* packed = buffer.data();
-#pragma omp parallel
-    {
-        for_tiles(m, [&](int64_t row, int64_t rows) {
-            bf16* to = packed + row * k;
-            for (int64_t i = 0; i < k; i += 2)
-                for (int64_t r = 0; r < rows; r++, to += 2) std::memcpy(to, x + (row + r) * ldx + i, 4);
+    for_tiles(m, [&](int64_t row, int64_t rows) {
+        bf16* to = packed + row * k;
+        for (int64_t i = 0; i < k; i += 2)
+            for (int64_t r = 0; r < rows; r++, to += 2) std::memcpy(to, x + (row + r) * ldx + i, 4);
+    });
+    for_products(m, n, [&](int64_t row, int64_t rows, int64_t panel) {
+        const bf16 *values = w + panel * PANEL * k, *shift = bias ? bias + panel * PANEL : nullptr;
+        Prefetch ahead(values, 2 * PANEL * k, row, rows, m);
+        with_rows<TILE_ROWS>(rows, [&]<int R>() {
+            int64_t column = panel * PANEL;
+            tile_bf16<R>(packed + row * k, values, shift, out + row * n + column, n, n - column, k, ahead);
         });
-        for_products(m, n, [&](int64_t row, int64_t rows, int64_t panel) {
-            const bf16 *values = w + panel * PANEL * k, *shift = bias ? bias + panel * PANEL : nullptr;
-            Prefetch ahead(values, 2 * PANEL * k, row, rows, m);
-            with_rows<TILE_ROWS>(rows, [&]<int R>() {
-                int64_t column = panel * PANEL;
-                tile_bf16<R>(packed + row * k, values, shift, out + row * n + column, n, n - column, k, ahead);
-            });
-        });
-    }
+    });
 }
 
 // The same with an int8 weight; activations are quantised here, each group of a row by its largest value.
@@ -212,53 +205,48 @@ EXPORT void linear_int8(const bf16* x, int64_t ldx, const int8_t* values, const 
     uint8_t* packed = buffer.data();
     float* x_scales = scale_buffer.data();
     Int8Weight w{values, scales, compensation};
-#pragma omp parallel
-    {
-        for_tiles(m, [&](int64_t row, int64_t rows) {
-            for (int64_t r = 0; r < rows; r++)
-                for (int64_t g = 0; g < groups; g++) {
-                    const bf16* from = x + (row + r) * ldx + g * GROUP;
-                    int64_t size = std::min(GROUP, k - g * GROUP);
-                    uint16_t largest = 0;  // of bf16 without their signs, which order as integers do
-                    for (int64_t i = 0; i < size; i++) largest = std::max<uint16_t>(largest, from[i] & 0x7fff);
-                    float scale = largest ? to_float(largest) / 127 : 1;
-                    x_scales[row * groups + g * rows + r] = scale;
-                    float inverse = 1 / scale;
-                    uint8_t* to = packed + row * k + g * GROUP * rows + 4 * r;
-                    for (int64_t i = 0; i < size; i += 4, to += 4 * rows)
-                        for (int64_t j = 0; j < 4; j++)
-                            to[j] = uint8_t(int32_t(std::nearbyint(to_float(from[i + j]) * inverse)) + 128);
-                }
+    for_tiles(m, [&](int64_t row, int64_t rows) {
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t g = 0; g < groups; g++) {
+                const bf16* from = x + (row + r) * ldx + g * GROUP;
+                int64_t size = std::min(GROUP, k - g * GROUP);
+                uint16_t largest = 0;  // of bf16 without their signs, which order as integers do
+                for (int64_t i = 0; i < size; i++) largest = std::max<uint16_t>(largest, from[i] & 0x7fff);
+                float scale = largest ? to_float(largest) / 127 : 1;
+                x_scales[row * groups + g * rows + r] = scale;
+                float inverse = 1 / scale;
+                uint8_t* to = packed + row * k + g * GROUP * rows + 4 * r;
+                for (int64_t i = 0; i < size; i += 4, to += 4 * rows)
+                    for (int64_t j = 0; j < 4; j++)
+                        to[j] = uint8_t(int32_t(std::nearbyint(to_float(from[i + j]) * inverse)) + 128);
+            }
+    });
+    for_products(m, n, [&](int64_t row, int64_t rows, int64_t panel) {
+        Prefetch ahead(values + panel * PANEL * k, PANEL * k, row, rows, m);
+        with_rows<TILE_ROWS>(rows, [&]<int R>() {
+            tile_int8<R>(packed + row * k, x_scales + row * groups, w, panel, bias,
+                         out + row * n + panel * PANEL, n, k, ahead);
         });
-        for_products(m, n, [&](int64_t row, int64_t rows, int64_t panel) {
-            Prefetch ahead(values + panel * PANEL * k, PANEL * k, row, rows, m);
-            with_rows<TILE_ROWS>(rows, [&]<int R>() {
-                tile_int8<R>(packed + row * k, x_scales + row * groups, w, panel, bias,
-                             out + row * n + panel * PANEL, n, k, ahead);
-            });
-        });
-    }
+    });
 }
 
 // Rows ids[t] of a packed [*, k] bf16 weight: out [t, k].
 EXPORT void rows_bf16(const bf16* w, const int64_t* ids, bf16* out, int64_t num_ids, int64_t k) {
-#pragma omp parallel for
-    for (int64_t t = 0; t < num_ids; t++) {
+    parallel_for(num_ids, 5, [&](int64_t t) {
         const bf16* from = w + ids[t] / PANEL * PANEL * k + ids[t] % PANEL * 2;
         for (int64_t i = 0; i < k; i += 2) std::memcpy(out + t * k + i, from + i * PANEL, 4);
-    }
+    });
 }
 
 EXPORT void rows_int8(const int8_t* values, const float* scales, const int64_t* ids, bf16* out, int64_t num_ids,
                       int64_t k) {
-#pragma omp parallel for
-    for (int64_t t = 0; t < num_ids; t++) {
+    parallel_for(num_ids, 5, [&](int64_t t) {
         const int8_t* from = values + ids[t] / PANEL * PANEL * k + ids[t] % PANEL * 4;
         for (int64_t i = 0; i < k; i++) {
             __m512 value = _mm512_set1_ps(scales[ids[t]] * from[i / 4 * PANEL * 4 + i % 4]);
             out[t * k + i] = bf16(_mm256_extract_epi16(narrow(value), 0));
         }
-    }
+    });
 }
 
 REPLAYABLE(linear_bf16)

@@ -2,6 +2,10 @@
 
 #include "common.h"
 
+// How many threads work for the calling thread, and for those that have not said.
+EXPORT void set_num_threads(int64_t count) { Threads::count_here = count; }
+EXPORT void set_default_threads(int64_t count) { Threads::default_count = count; }
+
 struct Call {
     void (*function)(const int64_t*);  // a call_NAME
     const int64_t* arguments;

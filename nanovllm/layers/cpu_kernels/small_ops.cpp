@@ -6,6 +6,7 @@
 
 namespace {
 
+constexpr int64_t FEW = 5;      // fewer tokens are done by one thread
 constexpr int64_t CHUNK = 512;  // tokens of the vocabulary whose probabilities are summed up at a time
 
 // The factor that makes the mean square of n values 1.
@@ -46,8 +47,7 @@ void norm_rope_token(const bf16* x, const bf16* weight, float eps, const float* 
 // sum [t, n] = x + residual (x if there is none), out = its norm times the weight.
 EXPORT void add_rms_norm(const bf16* x, const bf16* residual, const bf16* weight, float eps, bf16* sum, bf16* out,
                          int64_t num_tokens, int64_t n) {
-#pragma omp parallel for if (num_tokens > 4)
-    for (int64_t t = 0; t < num_tokens; t++) {
+    parallel_for(num_tokens, FEW, [&](int64_t t) {
         const bf16* row = x + t * n;
         if (residual) {
             const bf16* other = residual + t * n;
@@ -58,7 +58,7 @@ EXPORT void add_rms_norm(const bf16* x, const bf16* residual, const bf16* weight
         __m512 factor = inverse_rms(row, n, eps);
         for (int64_t i = 0; i < n; i += 16)
             store16(out + t * n + i, normed(row + i, weight + i, factor, n - i), n - i);
-    }
+    });
 }
 
 // q [T, H, D] and k [T, KH, D], tokens q_stride and k_stride apart, to contiguous ones; cos, sin [positions, D / 2].
@@ -66,18 +66,16 @@ EXPORT void norm_rope(const bf16* q, int64_t q_stride, const bf16* k, int64_t k_
                       const bf16* k_weight, float eps, const float* cos, const float* sin, const int64_t* positions,
                       bf16* q_out, bf16* k_out, int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
                       int64_t d) {
-#pragma omp parallel for if (num_tokens > 4)
-    for (int64_t t = 0; t < num_tokens; t++) {
+    parallel_for(num_tokens, FEW, [&](int64_t t) {
         const float *c = cos + positions[t] * d / 2, *s = sin + positions[t] * d / 2;
         norm_rope_token(q + t * q_stride, q_weight, eps, c, s, q_out + t * num_heads * d, num_heads, d);
         norm_rope_token(k + t * k_stride, k_weight, eps, c, s, k_out + t * num_kv_heads * d, num_kv_heads, d);
-    }
+    });
 }
 
 // out [t, n] = silu(gate) * up, both with rows `stride` apart.
 EXPORT void silu_and_mul(const bf16* gate, const bf16* up, int64_t stride, bf16* out, int64_t num_tokens, int64_t n) {
-#pragma omp parallel for if (num_tokens > 4)
-    for (int64_t t = 0; t < num_tokens; t++)
+    parallel_for(num_tokens, FEW, [&](int64_t t) {
         for (int64_t i = 0; i < n; i += 16) {
             __m512 g = load16(gate + t * stride + i, n - i);
             // exp(200) is infinite already, and so silu(g) 0; beyond it the polynomial would be of infinities
@@ -85,60 +83,57 @@ EXPORT void silu_and_mul(const bf16* gate, const bf16* up, int64_t stride, bf16*
             __m512 silu = _mm512_div_ps(g, _mm512_add_ps(e, _mm512_set1_ps(1)));
             store16(out + t * n + i, _mm512_mul_ps(rounded(silu), load16(up + t * stride + i, n - i)), n - i);
         }
+    });
 }
 
 // One token a row of [rows, v] logits by inverse CDF, see nanovllm/layers/sampler.py; temperature 0 takes the largest.
 EXPORT void sample(const bf16* logits, int64_t stride, const float* temperatures, const double* uniforms,
                    int64_t* tokens, int64_t num_rows, int64_t v) {
-#pragma omp parallel
-    {
+    parallel_for(num_rows, 2, [&](int64_t row) {
         std::vector<double> sums((v + CHUNK - 1) / CHUNK);
         alignas(64) float weights[CHUNK];
-#pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < num_rows; row++) {
-            const bf16* x = logits + row * stride;
-            float temperature = temperatures ? temperatures[row] : 0;
-            __m512 largest = _mm512_set1_ps(-INFINITY);
-            for (int64_t i = 0; i < v; i += 16)
-                largest = _mm512_mask_max_ps(largest, lanes(v - i), largest, load16(x + i, v - i));
-            float maximum = _mm512_reduce_max_ps(largest);
-            if (temperature == 0) {
-                int64_t i = 0;
-                while (i < v - 1 && to_float(x[i]) != maximum) i++;
-                tokens[row] = i;
-                continue;
-            }
-            auto weigh = [&](int64_t chunk) {  // sum of the chunk's exponentials, which are left in `weights`
-                int64_t start = chunk * CHUNK;
-                __m512 sum = _mm512_setzero_ps();
-                for (int64_t i = 0; i < CHUNK; i += 16) {
-                    int64_t left = v - start - i;
-                    __m512 value = _mm512_sub_ps(load16(x + start + i, left), _mm512_set1_ps(maximum));
-                    value = _mm512_div_ps(value, _mm512_set1_ps(temperature));
-                    value = _mm512_maskz_mov_ps(lanes(left), exp_of(_mm512_max_ps(value, _mm512_set1_ps(-110))));
-                    _mm512_store_ps(weights + i, value);
-                    sum = _mm512_add_ps(sum, value);
-                }
-                return double(_mm512_reduce_add_ps(sum));
-            };
-            double total = 0;
-            for (size_t chunk = 0; chunk < sums.size(); chunk++) total += sums[chunk] = weigh(chunk);
-            double target = uniforms[row] * total;
-            size_t chunk = 0;
-            while (chunk + 1 < sums.size() && target >= sums[chunk]) target -= sums[chunk++];
-            while (chunk > 0 && sums[chunk] == 0) chunk--;  // rounding went past the last that is possible
-            weigh(chunk);
-            int64_t token = 0, last = 0;
-            for (int64_t i = 0; i < CHUNK; i++)
-                if (weights[i] > 0) {
-                    last = i;
-                    if (target < weights[i]) break;
-                    target -= weights[i];
-                }
-            token = chunk * CHUNK + last;
-            tokens[row] = token;
+        const bf16* x = logits + row * stride;
+        float temperature = temperatures ? temperatures[row] : 0;
+        __m512 largest = _mm512_set1_ps(-INFINITY);
+        for (int64_t i = 0; i < v; i += 16)
+            largest = _mm512_mask_max_ps(largest, lanes(v - i), largest, load16(x + i, v - i));
+        float maximum = _mm512_reduce_max_ps(largest);
+        if (temperature == 0) {
+            int64_t i = 0;
+            while (i < v - 1 && to_float(x[i]) != maximum) i++;
+            tokens[row] = i;
+            return;
         }
-    }
+        auto weigh = [&](int64_t chunk) {  // sum of the chunk's exponentials, which are left in `weights`
+            int64_t start = chunk * CHUNK;
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t i = 0; i < CHUNK; i += 16) {
+                int64_t left = v - start - i;
+                __m512 value = _mm512_sub_ps(load16(x + start + i, left), _mm512_set1_ps(maximum));
+                value = _mm512_div_ps(value, _mm512_set1_ps(temperature));
+                value = _mm512_maskz_mov_ps(lanes(left), exp_of(_mm512_max_ps(value, _mm512_set1_ps(-110))));
+                _mm512_store_ps(weights + i, value);
+                sum = _mm512_add_ps(sum, value);
+            }
+            return double(_mm512_reduce_add_ps(sum));
+        };
+        double total = 0;
+        for (size_t chunk = 0; chunk < sums.size(); chunk++) total += sums[chunk] = weigh(chunk);
+        double target = uniforms[row] * total;
+        size_t chunk = 0;
+        while (chunk + 1 < sums.size() && target >= sums[chunk]) target -= sums[chunk++];
+        while (chunk > 0 && sums[chunk] == 0) chunk--;  // rounding went past the last that is possible
+        weigh(chunk);
+        int64_t token = 0, last = 0;
+        for (int64_t i = 0; i < CHUNK; i++)
+            if (weights[i] > 0) {
+                last = i;
+                if (target < weights[i]) break;
+                target -= weights[i];
+            }
+        token = chunk * CHUNK + last;
+        tokens[row] = token;
+    });
 }
 
 REPLAYABLE(add_rms_norm)
