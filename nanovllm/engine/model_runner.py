@@ -74,8 +74,8 @@ class ModelRunner:
         weights = {id(module.weight): module.weight for module in self.model.modules() if hasattr(module, "weight")}
         weight_bytes = sum(weight.nbytes for weight in weights.values())
         graph_bytes = free - available_memory(self.device, 1.0) if sizes else 0
-        parts = "weights", f"{config.num_kvcache_blocks} cache blocks", f"{len(sizes)} CUDA graphs"
-        parts = zip(parts, (weight_bytes, cache_bytes, graph_bytes), np.diff(times), strict=True)
+        names = ["weights", f"{config.num_kvcache_blocks} cache blocks"] + [f"{len(sizes)} CUDA graphs"] * bool(sizes)
+        parts = zip(names, (weight_bytes, cache_bytes, graph_bytes), np.diff(times), strict=False)
         logger.info("start-up: " + ", ".join(f"{part} {n / GIB:.2f} GiB in {s:.1f} s" for part, n, s in parts))
 
     def enter_thread(self) -> None:

@@ -16,7 +16,7 @@ from nanovllm.layers.attention_flash import Opened, open_flash_attn, open_torch_
 from nanovllm.layers.fused import triton_problem
 from nanovllm.utils.checks import first_line, require
 from nanovllm.utils.context import Context, get_context
-from nanovllm.utils.device import gpu_capability
+from nanovllm.utils.device import NotACudaDevice, gpu_capability
 
 TOLERANCE = 0.05  # of a backend that is tried: above the rounding of any dtype, below what a wrong key or row makes
 logger = logging.getLogger("nanovllm")
@@ -109,7 +109,8 @@ def choose_backend(
         except Exception as error:  # whatever a compiler or a library raises
             if name != "auto":
                 raise ValueError(f"attention_backend={name!r} does not work here: {error}; 'auto' finds one") from error
-            reasons.append(f"not {candidate}: {first_line(error)}")
+            if device.type == "cuda" or not isinstance(error, NotACudaDevice):  # of which a CPU's log need not speak
+                reasons.append(f"not {candidate}: {first_line(error)}")
         else:
             level = logging.WARNING if device.type == "cuda" and backend is CPUAttention else logging.INFO
             logger.log(level, "; ".join([f"attention: {label}", *reasons]))

@@ -45,9 +45,14 @@ def cpu_has(feature: str) -> bool:
     return bool(getattr(torch.cpu, f"_is_{probe}_supported", bool)())  # torch 2.8
 
 
+class NotACudaDevice(ValueError):
+    """What was asked for is only for GPUs."""
+
+
 def gpu_capability(device: torch.device) -> tuple[int, int]:
     """The compute capability; ValueError if the device is no GPU, or one that attention kernels do not support."""
-    require(device.type == "cuda", f"it needs a CUDA GPU, the device is {device.type!r}")
+    if device.type != "cuda":
+        raise NotACudaDevice(f"it needs a CUDA GPU, the device is {device.type!r}")
     capability = torch.cuda.get_device_capability(device)
     require(capability >= (8, 0), f"it needs compute capability 8.0, the GPU has {capability[0]}.{capability[1]}")
     return capability

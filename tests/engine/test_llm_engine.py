@@ -285,6 +285,13 @@ def test_defaults_of_the_process_are_left_alone(llm):
     assert torch.get_default_device() == torch.device("cpu")
 
 
+def test_the_log_of_a_cpu_speaks_of_cpus(checkpoint, caplog):
+    caplog.set_level("INFO", "nanovllm")
+    LLM(str(checkpoint[0]), **SETTINGS).exit()
+    assert "attention: cpu" in caplog.text and "start-up: weights" in caplog.text
+    assert "CUDA" not in caplog.text and "GPU" not in caplog.text
+
+
 def test_public_docstrings():
     for function in (LLM, LLM.generate, LLM.add_request, LLM.step, LLM.is_finished, LLM.exit, SamplingParams):
         assert inspect.getdoc(function)
