@@ -2,9 +2,19 @@
 
 import os
 
+import pytest
 import torch
+
+SLOW_FILES = {"test_attention_compiled.py", "test_start_up_compiles.py", "test_tensor_parallel.py", "test_workers.py"}
+SLOW_NAMES = "fit_each_architecture", "compiles_ahead_of_time", "held_out", "no_batch_compiles_anything"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():  # before anything imports triton: kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in SLOW_FILES or any(name in item.name for name in SLOW_NAMES):
+            item.add_marker(pytest.mark.slow)

@@ -44,4 +44,6 @@ def triton_problem() -> str | None:
 def _kernels(device_type: str, dtype: torch.dtype) -> ModuleType | None:
     if device_type == "cuda" and triton_problem() is None:
         return import_module("nanovllm.layers.fused_triton")
-    return cpu_kernels if cpu_kernels.has_kernels(torch.empty(0, dtype=dtype, device=device_type)) else None
+    if device_type == "cpu" and cpu_kernels.has_kernels(torch.empty(0, dtype=dtype)):
+        return cpu_kernels
+    return None
