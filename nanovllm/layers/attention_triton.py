@@ -86,7 +86,7 @@ class TritonAttention:
         )  # fmt: skip
         _merge_splits_kernel[num_heads, num_seqs](
             partial, log_sums, out, context.context_lens, num_splits,
-            H=num_heads, D=head_dim, BLOCK_D=block_d, MAX_SPLITS=MAX_SPLITS, TILE=config["TILE"]
+            H=num_heads, D=head_dim, BLOCK_D=block_d, TILE=config["TILE"], **merge_config(head_dim)
         )  # fmt: skip
         return out
 
@@ -113,6 +113,10 @@ def decode_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype
     if dtype == torch.float32:
         return {"TILE": 16, "num_warps": min(width // 8, 16), "num_stages": 2}
     return {"TILE": 64 if head_dim <= 128 else 32, "num_warps": 4, "num_stages": 3}
+
+
+def merge_config(head_dim: int) -> dict[str, int]:
+    return {"MAX_SPLITS": MAX_SPLITS, "num_warps": 8 if head_dim <= 128 else 4}
 
 
 @functools.cache

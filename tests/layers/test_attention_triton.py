@@ -238,11 +238,11 @@ def test_kernels_fit_each_architecture(arch, dtype, head_dim, group, block_size)
         arch, dtype,
         {"KH": 8, "GROUP": group, "ROWS": rows, "D": head_dim, "BLOCK_D": block_d, "BLOCK_SIZE": block_size, **config},
     )  # fmt: skip
-    splits = {"MAX_SPLITS": attention_triton.MAX_SPLITS, "TILE": config["TILE"]}
+    merge = {"TILE": config["TILE"], **attention_triton.merge_config(head_dim)}
     check_binary(
         attention_triton._merge_splits_kernel, "out",
         "partial=*fp32:16 log_sums=*fp32:16 context_lens=*i32 num_splits=i32",
-        arch, dtype, {"H": 16, "D": head_dim, "BLOCK_D": block_d, **splits},
+        arch, dtype, {"H": 16, "D": head_dim, "BLOCK_D": block_d, **merge},
     )  # fmt: skip
     check_binary(
         attention_triton._store_kernel, "k v k_cache v_cache", "slots=*i64 k_stride=i32:16 v_stride=i32:16",
