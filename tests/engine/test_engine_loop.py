@@ -142,11 +142,13 @@ def test_ctrl_c_at_any_time_leaves_nothing_behind(llm, what):
         "beam_search": lambda: llm.beam_search(prompts, BeamSearchParams(2, 9), use_tqdm=False),
         "stream": lambda: list(llm.generate_stream(prompts, GREEDY)),
     }
-    for _ in range(12):
-        assert interrupted(rng.choice([0.002, 0.02, 0.2]) * rng.random(), calls[what]) is not None
+    num_interrupted = 0
+    for _ in range(12):  # Python drops one that it raises inside a finalizer
+        num_interrupted += interrupted(rng.choice([0.002, 0.02, 0.2]) * rng.random(), calls[what]) is not None
         assert not llm.scheduler.sequences and not llm.scheduler.held
         assert llm.is_finished() and llm.block_manager.num_free_blocks == 60
         assert [o["token_ids"] for o in generate(llm, prompts[:2])] == [o["token_ids"] for o in expected]
+    assert num_interrupted >= 9
 
 
 def test_ctrl_c_carries_the_finished_outputs(llm, monkeypatch):
