@@ -9,6 +9,7 @@ SLOW_FILES = {"test_attention_compiled.py", "test_start_up_compiles.py", "test_t
 SLOW_NAMES = "fit_each_architecture", "compiles_ahead_of_time", "held_out", "no_batch_compiles_anything"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("NANOVLLM_CPU_PRODUCTS", "packed")  # ours, also where AMX would have PyTorch compute them
 if not torch.cuda.is_available():  # before anything imports triton: kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)

@@ -58,7 +58,7 @@ class LLMEngine:
         self._added: dict[int, Request] = {}  # by `add_request`, and not reported by `step` yet
         self._ended: News = News()  # some of these
         self._process = os.getpid()
-        self._finalizer = weakref.finalize(self, _close, self.__dict__, self._process)
+        self._finalizer = weakref.finalize(self, _finalize, self.__dict__, self._process)
 
     def __enter__(self) -> "LLMEngine":
         return self
@@ -71,7 +71,8 @@ class LLMEngine:
 
     def exit(self) -> None:
         """Gives the model's memory back and ends other ranks. Idempotent; `del` and the end of Python do it too."""
-        self._finalizer()
+        if self._finalizer.detach():
+            _close(self.__dict__, self._process)
 
     @property
     def is_closed(self) -> bool:
@@ -314,8 +315,14 @@ def _failure(failed: list[Request], outputs: list[RequestOutput]) -> GenerationE
     return failure
 
 
+def _finalize(state: dict, process: int) -> None:
+    """Gets the engine's attributes, not the engine, which it must not keep alive; a Ctrl-C could only be printed."""
+    with suppress(KeyboardInterrupt):
+        _close(state, process)
+
+
 def _close(state: dict, process: int) -> None:
-    """Drops what holds memory. Gets the engine's attributes, not the engine, which it must not keep alive."""
+    """Drops what holds memory."""
     if os.getpid() == process:  # a forked child has not got the thread
         state["_loop"].end()
     for name in ("model_runner", "scheduler", "block_manager"):

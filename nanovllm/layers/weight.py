@@ -39,8 +39,9 @@ def choose_products(max_num_seqs: int) -> str:
     """Whose products of bf16 weights a CPU with our kernels takes: "packed", ours, or "onednn", PyTorch's.
 
     NANOVLLM_CPU_PRODUCTS decides; without it ours, unless the processor has matrix units (AMX) and steps many rows.
-    By arithmetic, not by measurement: a core reads some 4e9 bf16 weights a second from memory and multiplies some 1e11
-    pairs without matrix units, so up to about 32 rows a step waits for memory either way, and ours can be recorded.
+    Two cores of a Xeon with AMX: 32 prompts of 150 tokens prefill in 5.0 s with oneDNN and in 22.8 s with ours, and
+    decode in 15.9 s and 19.8 s; but 128 steps of one sequence take 11.3 s and 5.4 s, since ours are recorded
+    and read memory faster.
     ValueError if the variable says something else.
     """
     chosen = os.environ.get("NANOVLLM_CPU_PRODUCTS")
