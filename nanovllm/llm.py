@@ -1,12 +1,13 @@
 """The facade that users import. Conveniences that need no engine state live here."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from nanovllm.engine.beam_search import BeamSearchParams, beam_search
 from nanovllm.engine.chat import Conversations, render_chats
-from nanovllm.engine.inputs import Params, Prompts
+from nanovllm.engine.inputs import Params, Prompt, Prompts
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.unordered import generate_unordered
 from nanovllm.outputs import BeamOutput, RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams
 
@@ -68,6 +69,29 @@ class LLM(LLMEngine):
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError(f"{self.config.model_path} has no chat template; use generate with a prompt of your own")
         return render_chats(self.tokenizer, conversations, *options)
+
+    def generate_unordered(
+        self, prompts: Iterable[Prompt | tuple[Prompt, SamplingParams]], sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Completes any number of prompts, of which only so many are in memory as keep the engine busy.
+
+        They are taken from their iterable, in a thread of its own, as the engine has room for them, from when this
+        iterator is first read; leaving it frees what is unfinished. A prompt that fails, of its own or because it does
+        not fit, is an output with `finish_reason` "error", and `error` says of what; the others go on.
+
+        Args:
+            prompts: Prompts as for `generate`, or pairs of a prompt and its own parameters.
+            sampling_params: For those without their own.
+
+        Yields:
+            What `generate` returns, in the order in which they finish, each with its `index` among the prompts.
+
+        Raises:
+            TypeError: `prompts` is not iterable.
+            Exception: What the iterable raises; nothing of the call runs on then.
+        """
+        self._check_open()
+        return generate_unordered(self, prompts, sampling_params)
 
     def beam_search(
         self,

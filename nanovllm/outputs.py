@@ -46,6 +46,7 @@ class RequestOutput(CompletionOutput):
     num_cached_tokens: int  # of the prompt, whose keys and values the prefix cache had when the request was admitted
     outputs: list[CompletionOutput]  # all `n` completions
     request_id: int  # from `step` only: what `add_request` returned
+    index: int  # 0; from `generate_unordered` its place among the prompts
 
 
 class StreamDelta(Record):

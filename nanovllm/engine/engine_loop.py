@@ -19,6 +19,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 
 News = SimpleQueue  # from the engine's thread to one caller: what its watchers put there, or the error of a step
+NUM_BUCKETS = 17  # of step times: under 1, 2, 4, ... milliseconds, and one for those of half a minute and more
 POLL_SECONDS = 0.2  # in which somebody who waits notices that the thread has ended
 
 
@@ -29,6 +30,7 @@ class EngineLoop:
         self.model_runner, self.scheduler = model_runner, scheduler
         self.failure: str | None = None  # why no step can run any more
         self.num_tokens, self.seconds = {True: 0, False: 0}, {True: 0.0, False: 0.0}  # so far, by whether in a prefill
+        self.step_times = [0] * NUM_BUCKETS  # how many steps took so long
         self._calls: set[News] = set()
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="nanovllm engine", daemon=True)
@@ -95,6 +97,27 @@ class EngineLoop:
                     raise item
                 return item
 
+    def stats(self) -> dict[str, int | float | list[int]]:
+        """What `LLM.stats` says, as numbers that may be added up over engines. Takes the same time whatever runs."""
+        scheduler, manager = self.scheduler, self.scheduler.block_manager
+        num_running, num_free = len(scheduler.running), manager.num_free_blocks
+        return {
+            "running": num_running,
+            "waiting": max(len(scheduler.sequences) - num_running, 0),
+            "blocks_used": len(manager.blocks) - num_free,
+            "blocks_free": num_free,
+            "blocks_cached": len(manager.cached),
+            "preemptions": scheduler.num_preemptions,
+            "prompt_tokens": scheduler.num_prompt_tokens,
+            "cached_prompt_tokens": scheduler.num_cached_tokens,
+            "output_tokens": scheduler.num_output_tokens,
+            "prefill_tokens": self.num_tokens[True],
+            "decode_tokens": self.num_tokens[False],
+            "prefill_seconds": self.seconds[True],
+            "decode_seconds": self.seconds[False],
+            "step_times": list(self.step_times),
+        }
+
     def check_alive(self) -> None:
         """Raises RuntimeError if no step will run any more."""
         if not self._thread.is_alive():
@@ -146,8 +169,10 @@ class EngineLoop:
         except BaseException as error:
             self._fail(error, seqs)
             raise
+        seconds = perf_counter() - start
         self.num_tokens[is_prefill] += num_tokens
-        self.seconds[is_prefill] += perf_counter() - start
+        self.seconds[is_prefill] += seconds
+        self.step_times[min(int(1000 * seconds).bit_length(), NUM_BUCKETS - 1)] += bool(seqs)
         return num_tokens if is_prefill else -num_tokens
 
     def _report(self, seqs: list[Sequence]) -> None:

@@ -78,16 +78,24 @@ def encode(
     start: int = 0
 ) -> list[np.ndarray]:  # fmt: skip
     """Token ids of each prompt, checked, as int32; the first is called `prompts[start]` in errors."""
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if texts and tokenizer is None:
+    texts: dict[bool, list[str]] = {False: [], True: []}  # by whether a template has rendered them
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            texts[isinstance(prompt, Rendered)].append(prompt)
+    if any(texts.values()) and tokenizer is None:
         raise ValueError(f"{config.model_path} has no tokenizer; pass token ids instead of text")
-    is_plain = not any(isinstance(text, Rendered) for text in texts)  # of one call all are or none
-    options = {"add_special_tokens": is_plain, "return_attention_mask": False}
-    tokenized = iter(tokenizer(texts, **options)["input_ids"] if texts else ())
+    tokenized = {
+        kind: iter(tokenizer(some, add_special_tokens=not kind, return_attention_mask=False)["input_ids"])
+        for kind, some in texts.items()
+        if some
+    }
     return [
-        _check_prompt(next(tokenized) if isinstance(prompt, str) else prompt, f"prompts[{i}]", p, config)
+        _check_prompt(
+            next(tokenized[isinstance(prompt, Rendered)]) if isinstance(prompt, str) else prompt,
+            f"prompts[{i}]", p, config
+        )
         for i, (prompt, p) in enumerate(zip(prompts, params, strict=True), start)
-    ]
+    ]  # fmt: skip
 
 
 def _check_prompt(ids: SequenceOf[int], name: str, params: SamplingParams, config: Config) -> np.ndarray:

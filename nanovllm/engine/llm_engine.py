@@ -1,5 +1,6 @@
 """Requests in, outputs out: owns the tokenizer, and the loop that runs the steps. Knows nothing of tensors."""
 
+import math
 import os
 import sys
 import threading
@@ -122,11 +123,19 @@ class LLMEngine:
             outputs[-1]["request_id"] = request_id
         return outputs, num_tokens
 
-    def stats(self) -> dict[str, float]:
-        """What the engine has computed so far: tokens and seconds in prefill steps and in decode steps."""
-        loop, kinds = self._loop, {"prefill": True, "decode": False}
-        tokens = {f"{name}_tokens": loop.num_tokens[kind] for name, kind in kinds.items()}
-        return tokens | {f"{name}_seconds": loop.seconds[kind] for name, kind in kinds.items()}
+    def stats(self) -> dict[str, object]:
+        """What the engine is doing, and what it has done since it was made. Takes the same time whatever runs.
+
+        `running` and `waiting` sequences; `blocks_used`, `blocks_free` (of which many may still hold a prefix) and
+        `blocks_cached` (in the prefix cache, used or free); `preemptions`; `prompt_tokens` of admitted requests,
+        `cached_prompt_tokens` of them that the prefix cache had, and their share `prefix_hit_rate`; `output_tokens`;
+        tokens and seconds in prefill and in decode steps; and `step_times`, how many steps took less than so many
+        milliseconds (and not less than the bound before).
+        """
+        stats = self._loop.stats()
+        stats["prefix_hit_rate"] = stats["cached_prompt_tokens"] / max(stats["prompt_tokens"], 1)
+        bounds = [*(2**i for i in range(len(stats["step_times"]) - 1)), math.inf]
+        return stats | {"step_times": dict(zip(bounds, stats["step_times"], strict=True))}
 
     # ---- whole calls
 

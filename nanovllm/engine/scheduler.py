@@ -26,6 +26,8 @@ class Scheduler:
         self.held: dict[int, Sequence] = {}  # finished, but keeping their blocks for others to fork from
         self.finished: list[Sequence] = []  # since the owner last took them away
         self.num_preemptions = 0
+        self.num_prompt_tokens = self.num_cached_tokens = 0  # of the sequences that were admitted
+        self.num_output_tokens = 0
         # The share of `max_tokens` that finished requests used: how long the running ones are expected to go on.
         self.output_ratio = 1.0
         self._admission_failed = False  # nothing was released since the head of `waiting` did not fit
@@ -67,6 +69,7 @@ class Scheduler:
                 continue
             if seq.error is None and num_computed < seq.max_len:  # else the prompt was only to be scored
                 seq.token_ids.append(token_id)
+                self.num_output_tokens += 1
             any_finished |= self._finish_if_complete(seq)
         if any_finished:
             self.running = [seq for seq in self.running if seq.status is SequenceStatus.RUNNING]
@@ -187,6 +190,9 @@ class Scheduler:
             hits = manager.blocks_of(source, num_tokens)
         if not manager.num_free_blocks or not self._admits(seq, hits):
             return False
+        if seq.num_cached_tokens is None:
+            self.num_prompt_tokens += seq.num_prompt_tokens
+            self.num_cached_tokens += num_tokens
         manager.attach(seq, hits, num_tokens)
         return True
 

@@ -1,0 +1,131 @@
+"""Any number of prompts, of which only as many are in memory as keep the engine busy."""
+
+import reprlib
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from nanovllm.engine.engine_loop import News
+from nanovllm.engine.inputs import SLICE, Prompt, as_list, as_params
+from nanovllm.engine.request import Request, error_text
+from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.llm_engine import LLMEngine
+
+Given = tuple[int, object]  # the place of an item among all, and what the iterable gave
+END = object()  # among a call's news: the iterable has ended
+
+
+class Reader(threading.Thread):
+    """Reads an iterable ahead of who needs it, at most `lead` items; it may block without holding up anything else."""
+
+    def __init__(self, source: Iterator, news: News, lead: int):
+        super().__init__(name="nanovllm reader", daemon=True)
+        self._source, self._news = source, news
+        self._room = threading.Semaphore(lead)
+        self._is_stopped = False
+
+    def run(self) -> None:
+        try:
+            for given in enumerate(self._source):
+                self._news.put(given)
+                self._room.acquire()
+                if self._is_stopped:
+                    return
+            self._news.put(END)
+        except BaseException as error:  # raised to the caller
+            self._news.put(error)
+
+    def release(self) -> None:
+        """One of the items is done with."""
+        self._room.release()
+
+    def stop(self) -> None:
+        """Nobody needs more: it ends, if it is in the iterable then when that gives the next item."""
+        self._is_stopped = True
+        self._room.release()
+
+
+def generate_unordered(
+    engine: "LLMEngine", prompts: Iterable[Prompt | tuple[Prompt, SamplingParams]], params: SamplingParams | None
+) -> Iterator[RequestOutput]:
+    """See `LLM.generate_unordered`."""
+    if isinstance(prompts, str | dict) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must be an iterable of prompts, got {reprlib.repr(prompts)}; pass [prompt] for one")
+    [params] = as_params(params, 1, engine.config, engine.tokenizer)
+    return _generate(engine, prompts, params)
+
+
+def _generate(engine: "LLMEngine", prompts: Iterable, params: SamplingParams) -> Iterator[RequestOutput]:
+    engine._check_open()
+    loop, news = engine._loop, News()  # items from the reader, and requests that have ended
+    reader = Reader(iter(prompts), news, engine.config.max_num_seqs + 2 * SLICE)
+    num_unfinished, is_read = 0, False
+    try:
+        loop.open_call(news)
+        reader.start()
+        while num_unfinished or not is_read:
+            batch = [loop.next_news(news)]
+            while not news.empty() and len(batch) < SLICE:
+                batch.append(loop.next_news(news))
+            is_read |= END in batch
+            given = [item for item in batch if isinstance(item, tuple)]
+            num_unfinished += len(given)
+            requests, outputs = _requests(engine, given, params, news)
+            loop.add([seq for request in requests for seq in request.seqs], news)
+            for request in batch:
+                if isinstance(request, Request):
+                    outputs.append(request.output(engine.tokenizer))
+                    outputs[-1]["index"] = request.index
+            for output in outputs:
+                num_unfinished -= 1
+                reader.release()
+                yield output
+    finally:
+        reader.stop()
+        engine._close_call(news, is_read and num_unfinished == 0)
+
+
+def _requests(
+    engine: "LLMEngine", given: list[Given], params: SamplingParams, news: News
+) -> tuple[list[Request], list[RequestOutput]]:
+    """Requests of the items, not queued yet, and outputs of those that cannot run."""
+    failed: list[RequestOutput] = []
+
+    def encoded(items: list[tuple]) -> list[tuple]:
+        """Each with its token ids; if one fails, each alone."""
+        try:
+            ids = engine._encode([prompt for _, prompt, _ in items], [p for *_, p in items], items[0][0])
+            return [(*item, own_ids) for item, own_ids in zip(items, ids, strict=True)]
+        except Exception as error:  # a tokenizer's own, too
+            if len(items) > 1:
+                return [one for item in items for one in encoded([item])]
+            failed.append(_failure(*items[0][:2], error))
+            return []
+
+    items = []
+    for index, item in given:
+        is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], SamplingParams)
+        prompt, own = item if is_pair else (item, params)
+        try:
+            [prompt] = as_list([prompt])
+            items.append((index, prompt, as_params(own, 1, engine.config, engine.tokenizer)[0]))
+        except (TypeError, ValueError) as error:
+            failed.append(_failure(index, prompt, error))
+    if not items or not (items := encoded(items)):
+        return [], failed
+    indices, prompts, own_params, ids = zip(*items, strict=True)
+    requests = engine._requests(prompts, own_params, ids, news)
+    for request, index in zip(requests, indices, strict=True):
+        request.index = index
+    return requests, failed
+
+
+def _failure(index: int, prompt: object, error: Exception) -> RequestOutput:
+    end = {"finish_reason": "error", "stop_reason": None, "error": error_text(error)}
+    completion = CompletionOutput(index=0, text="", token_ids=[], logprobs=None, cumulative_logprob=None, **end)
+    text = prompt if isinstance(prompt, str) else None
+    about_prompt = {"prompt": text, "prompt_token_ids": [], "prompt_logprobs": None, "num_cached_tokens": 0}
+    return RequestOutput(completion | about_prompt, index=index, outputs=[completion])
