@@ -55,12 +55,12 @@ class SamplingParams:
     logits_processors: Sequence[LogitsProcessor] | None = None  # the slow path
 
     def __post_init__(self) -> None:
-        check_float("temperature", self.temperature, 0)
+        check_float("temperature", self.temperature, 0, 1e6)
         check_float("top_p", self.top_p, 0, 1, open_low=True)
         check_float("min_p", self.min_p, 0, 1)
         check_float("presence_penalty", self.presence_penalty, -2, 2)
         check_float("frequency_penalty", self.frequency_penalty, -2, 2)
-        check_float("repetition_penalty", self.repetition_penalty, 0, open_low=True)
+        check_float("repetition_penalty", self.repetition_penalty, 1e-6, 1e6)  # beyond, logits overflow
         for name, low in (("n", 1), ("top_k", -1), ("min_tokens", 0)):
             check_int(name, getattr(self, name), low)
         for name, low in (("max_tokens", 0), ("seed", None), ("logprobs", -1), ("prompt_logprobs", -1)):
@@ -88,10 +88,10 @@ class SamplingParams:
             if "" in getattr(self, name):
                 raise ValueError(f"{name} must not contain an empty text")
         for name in ("stop_token_ids", "allowed_token_ids"):
-            self._freeze(name, "token ids", lambda i: isinstance(i, Integral) and not isinstance(i, bool))
+            self._freeze(name, "token ids", _is_token_id)
         self._freeze("logits_processors", "callables", callable)
         bias = {} if self.logit_bias is None else self.logit_bias
-        if not isinstance(bias, dict) or not all(isinstance(i, Integral) for i in bias):
+        if not isinstance(bias, dict) or not all(map(_is_token_id, bias)):
             raise TypeError(f"logit_bias must be a dict of token id -> number, got {bias!r}")
         for token_id, value in bias.items():
             check_float(f"logit_bias[{token_id}]", value, -100, 100)
@@ -117,3 +117,7 @@ class SamplingParams:
     def filters(self) -> bool:
         """Whether the distribution is cut by `top_k`, `top_p` or `min_p`. Greedy needs no cut."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and -(2**63) <= value < 2**63

@@ -34,7 +34,8 @@ def render_chats(
         raise TypeError(
             f"chat_template_kwargs must be a dict of the template's variables, got {chat_template_kwargs!r}"
         )
-    _check_keywords(keywords, tokenizer.get_chat_template(tools=keywords.get("tools")))
+    if keywords:
+        _check_keywords(keywords, tokenizer.get_chat_template(tools=keywords.get("tools")))
     if isinstance(conversations, str | dict):
         given = reprlib.repr(conversations)
         raise TypeError(f"conversations must be a list: pass [{{'role': 'user', 'content': ...}}], got {given}")

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -13,13 +14,15 @@ def check_int(name: str, value: object, low: int | None = None, high: int | None
     if (low is not None and value < low) or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} must be {allowed}, got {value}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got one of {int(value).bit_length()}")
 
 
 def check_float(name: str, value: object, low: float, high: float = math.inf, open_low: bool = False) -> None:
     """Raises unless `value` is a finite number between `low` (excluded if `open_low`) and `high`."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+    if not low <= value <= min(high, sys.float_info.max) or (open_low and value == low):
         above = f"above {low}" if open_low else f"at least {low}"
         below = f" and at most {high}" if high < math.inf else ""
         raise ValueError(f"{name} must be finite, {above}{below}, got {value!r}")
