@@ -80,7 +80,8 @@ class LLM(LLMEngine):
         not fit, is an output with `finish_reason` "error", and `error` says of what; the others go on.
 
         Args:
-            prompts: Prompts as for `generate`, or pairs of a prompt and its own parameters.
+            prompts: Prompts as for `generate`, or pairs of a prompt and its own parameters; or an exception in place of
+                a prompt that could not be made, which then is this one's error.
             sampling_params: For those without their own.
 
         Yields:
@@ -89,6 +90,7 @@ class LLM(LLMEngine):
         Raises:
             TypeError: `prompts` is not iterable.
             Exception: What the iterable raises; nothing of the call runs on then.
+            KeyboardInterrupt: After Ctrl-C, with `outputs`: those that had finished and were not yielded yet.
         """
         self._check_open()
         return generate_unordered(self, prompts, sampling_params)

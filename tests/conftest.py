@@ -6,7 +6,14 @@ import pytest
 import torch
 
 SLOW_FILES = {"test_attention_compiled.py", "test_start_up_compiles.py", "test_tensor_parallel.py", "test_workers.py"}
-SLOW_NAMES = "fit_each_architecture", "compiles_ahead_of_time", "held_out", "no_batch_compiles_anything"
+SLOW_NAMES = (
+    "fit_each_architecture",
+    "compiles_ahead_of_time",
+    "held_out",
+    "no_batch_compiles_anything",
+    "killed_at_any_moment",
+    "memory_does_not_grow",
+)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("NANOVLLM_CPU_PRODUCTS", "packed")  # ours, also where AMX would have PyTorch compute them

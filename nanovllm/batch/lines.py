@@ -61,6 +61,7 @@ class Item:
     template_kwargs: dict[str, object] = field(default_factory=dict)  # of a chat, with `tools`
     echo: bool = False  # the text of the answer begins with the prompt's
     return_token_ids: bool = False  # the answer has its token ids beside the text
+    num_bytes: int = 0  # of the line
 
 
 # ---- from a line to a request

@@ -2,6 +2,7 @@
 
 import reprlib
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,25 @@ class Reader(threading.Thread):
         self._room.release()
 
 
+def read_ahead(source: Iterable, lead: int) -> Iterator:
+    """The items of `source`, which a thread of its own reads from now on, at most `lead` of them ahead."""
+    news = News()
+    reader = Reader(iter(source), news, lead)
+    reader.start()
+
+    def items() -> Iterator:
+        try:
+            while (given := news.get()) is not END:
+                if isinstance(given, BaseException):
+                    raise given
+                reader.release()
+                yield given[1]
+        finally:
+            reader.stop()
+
+    return items()
+
+
 def generate_unordered(
     engine: "LLMEngine", prompts: Iterable[Prompt | tuple[Prompt, SamplingParams]], params: SamplingParams | None
 ) -> Iterator[RequestOutput]:
@@ -62,7 +82,7 @@ def _generate(engine: "LLMEngine", prompts: Iterable, params: SamplingParams) ->
     engine._check_open()
     loop, news = engine._loop, News()  # items from the reader, and requests that have ended
     reader = Reader(iter(prompts), news, engine.config.max_num_seqs + 2 * SLICE)
-    num_unfinished, is_read = 0, False
+    num_unfinished, is_read, outputs = 0, False, deque()
     try:
         loop.open_call(news)
         reader.start()
@@ -73,19 +93,29 @@ def _generate(engine: "LLMEngine", prompts: Iterable, params: SamplingParams) ->
             is_read |= END in batch
             given = [item for item in batch if isinstance(item, tuple)]
             num_unfinished += len(given)
-            requests, outputs = _requests(engine, given, params, news)
+            requests, failed = _requests(engine, given, params, news)
             loop.add([seq for request in requests for seq in request.seqs], news)
-            for request in batch:
-                if isinstance(request, Request):
-                    outputs.append(request.output(engine.tokenizer))
-                    outputs[-1]["index"] = request.index
-            for output in outputs:
+            outputs += failed
+            outputs += [_output(engine, request) for request in batch if isinstance(request, Request)]
+            while outputs:
+                output = outputs.popleft()
                 num_unfinished -= 1
                 reader.release()
                 yield output
+    except KeyboardInterrupt as interrupt:
+        ended = [news.get() for _ in range(news.qsize())]
+        outputs += [_output(engine, request) for request in ended if isinstance(request, Request)]
+        interrupt.outputs = list(outputs)
+        raise
     finally:
         reader.stop()
         engine._close_call(news, is_read and num_unfinished == 0)
+
+
+def _output(engine: "LLMEngine", request: Request) -> RequestOutput:
+    output = request.output(engine.tokenizer)
+    output["index"] = request.index
+    return output
 
 
 def _requests(
@@ -110,9 +140,11 @@ def _requests(
         is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], SamplingParams)
         prompt, own = item if is_pair else (item, params)
         try:
+            if isinstance(prompt, Exception):
+                raise prompt
             [prompt] = as_list([prompt])
             items.append((index, prompt, as_params(own, 1, engine.config, engine.tokenizer)[0]))
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             failed.append(_failure(index, prompt, error))
     if not items or not (items := encoded(items)):
         return [], failed
