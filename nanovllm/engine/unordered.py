@@ -132,7 +132,7 @@ def _requests(
         except Exception as error:  # a tokenizer's own, too
             if len(items) > 1:
                 return [one for item in items for one in encoded([item])]
-            failed.append(_failure(*items[0][:2], error))
+            failed.append(failed_output(*items[0][:2], error))
             return []
 
     items = []
@@ -145,7 +145,7 @@ def _requests(
             [prompt] = as_list([prompt])
             items.append((index, prompt, as_params(own, 1, engine.config, engine.tokenizer)[0]))
         except Exception as error:
-            failed.append(_failure(index, prompt, error))
+            failed.append(failed_output(index, prompt, error))
     if not items or not (items := encoded(items)):
         return [], failed
     indices, prompts, own_params, ids = zip(*items, strict=True)
@@ -155,7 +155,8 @@ def _requests(
     return requests, failed
 
 
-def _failure(index: int, prompt: object, error: Exception) -> RequestOutput:
+def failed_output(index: int, prompt: object, error: Exception) -> RequestOutput:
+    """Of a prompt that has failed without having run."""
     end = {"finish_reason": "error", "stop_reason": None, "error": error_text(error)}
     completion = CompletionOutput(index=0, text="", token_ids=[], logprobs=None, cumulative_logprob=None, **end)
     text = prompt if isinstance(prompt, str) else None
