@@ -77,7 +77,7 @@ def build_processor(
             connect(None)
         needs = replica_resources(settings)
         if "num_cpus" in needs:
-            needs["num_cpus"] = max(1, needs["num_cpus"] - 1) if num_cpus is None else num_cpus
+            needs["num_cpus"] = (needs["num_cpus"] - 1 or 0.5) if num_cpus is None else num_cpus
         return dataset.map_batches(
             _Stage,
             fn_constructor_kwargs=arguments,
@@ -114,7 +114,7 @@ class _Stage:
         if taken:
             raise ValueError(f"the dataset has a column {taken[0]!r} already; rename it, or what is to be added")
         items = [self._item(value) for value in batch.column(self._column).to_pylist()]
-        outputs = answer(self._llm, items)
+        outputs = sorted(answer(self._llm, items), key=lambda output: output["index"])
         texts = [None if output["finish_reason"] == "error" else output["text"] for output in outputs]
         columns = texts, [output["finish_reason"] for output in outputs], [output.get("error") for output in outputs]
         for name, values in zip(self._new_columns, columns, strict=True):

@@ -1,8 +1,8 @@
 """A job's requests on a Ray cluster: where replicas run, that they run again, and how answers travel is Ray's part.
 
-Each replica is an actor with an engine of its own. It gets requests in chunks, of which it computes many at a time, so
-what overlaps shares the engine's steps. Which replica gets the next chunk is the `Dispatcher`'s decision. Knows nothing
-of files.
+Each replica is an actor with an engine of its own. It is given requests before it needs them, and one call at a time
+waits there for what has been answered meanwhile. Which replica gets the next request is the `Dispatcher`'s decision.
+Knows nothing of files.
 """
 
 import logging
@@ -13,12 +13,13 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from queue import Empty
+from queue import Empty, SimpleQueue
 
 from nanovllm.batch.lines import Item, LineError, prompt_of
 from nanovllm.engine.dispatch import Dispatcher
@@ -34,9 +35,8 @@ except ImportError as missing:
 
 logger = logging.getLogger("nanovllm")
 
-MAX_CALLS = 128  # chunks that a replica computes at a time; more wait for a thread of its own
-CHUNK_ITEMS = 16  # most requests in a chunk: few, for they are answered together
-CHUNKS_OUTSTANDING = 32  # of a replica at least, however long the requests are
+COLLECT_SECONDS = 0.2  # after an answer, in which a replica waits for more to send at once
+IDLE_SECONDS = 10.0  # after which it says that there is none
 LEAD = 1.5  # times what a replica holds in its cache at a time: what it is given, so that it never waits
 READ_AHEAD = 4096  # requests that wait here
 MOST_EVENTS = 64  # that are seen to before work is handed out again
@@ -54,32 +54,59 @@ class _Request:
 
 
 class _Replica:
-    """The actor. Its process runs `answer` in several threads at a time."""
+    """The actor. Its methods run in threads of their own."""
 
     def __init__(self, model: str, settings: dict[str, object]):
         self._model, self._settings = model, settings
         self._llm: LLM | None = None
+        self._given: SimpleQueue[tuple[int, Item]] = SimpleQueue()
+        self._answered: SimpleQueue[tuple[int, RequestOutput] | BaseException] = SimpleQueue()
+        self._is_broken = False
 
     def start(self) -> tuple[int, int, int]:
         """Loads the model, in a call so that its errors arrive as they are. `max_num_seqs`, `max_model_len`, slots."""
+        if self._is_broken:
+            os._exit(1)  # Ray starts another
         if self._llm is None:
             self._llm = LLM(self._model, **self._settings)
+            threading.Thread(target=self._run, daemon=True).start()
         config = self._llm.config
         return config.max_num_seqs, config.max_model_len, config.num_kvcache_blocks * config.kvcache_block_size
 
-    def answer(self, items: list[Item]) -> tuple[list[RequestOutput], dict[str, object]]:
-        """The items' outputs, in their order, and what the engine's `stats` say then."""
+    def give(self, items: list[tuple[int, Item]]) -> None:
+        """Items to be answered, each with its number."""
+        for item in items:
+            self._given.put(item)
+
+    def answers(self) -> tuple[list[tuple[int, RequestOutput]], dict[str, object]]:
+        """What was answered since the last call, if nothing then what is next; and what the engine's `stats` say."""
+        answered = []
+        with suppress(Empty):
+            answered.append(self._answered.get(timeout=IDLE_SECONDS))
+            time.sleep(COLLECT_SECONDS)
+            answered += [self._answered.get() for _ in range(self._answered.qsize())]
+        self._is_broken = any(isinstance(answer, BaseException) for answer in answered)
+        if self._is_broken:
+            raise answered[-1]
+        return answered, self._llm.stats()
+
+    def _run(self) -> None:
+        numbers: dict[int, int] = {}
+
+        def items() -> Iterator[Item]:
+            for i in count():
+                numbers[i], item = self._given.get()
+                yield item
+
         try:
-            return answer(self._llm, items), self._llm.stats()
-        except Exception:
-            if self._llm.is_closed:
-                logger.exception("the engine cannot go on, its process ends")
-                os._exit(1)  # Ray starts another
-            raise
+            for output in answer(self._llm, items()):
+                self._answered.put((numbers.pop(output["index"]), output))
+        except BaseException as error:
+            self._answered.put(error)
 
 
-def answer(llm: LLM, items: Sequence[Item]) -> list[RequestOutput]:
-    """The items' outputs, in their order. One that cannot run is an output with `finish_reason` "error"."""
+def answer(llm: LLM, items: Iterable[Item]) -> Iterator[RequestOutput]:
+    """The items' outputs as `LLM.generate_unordered` yields them."""
 
     def prompts() -> Iterator[object]:
         for item in items:
@@ -88,7 +115,7 @@ def answer(llm: LLM, items: Sequence[Item]) -> list[RequestOutput]:
             except LineError as error:
                 yield error
 
-    return sorted(llm.generate_unordered(prompts()), key=lambda output: output["index"])
+    return llm.generate_unordered(prompts())
 
 
 def replica_resources(settings: dict[str, object], max_replicas: int | None = None) -> dict[str, float]:
@@ -138,9 +165,9 @@ class RayBackend:
         actor = ray.remote(_Replica).options(
             **self._needs,
             scheduling_strategy="SPREAD",
-            max_concurrency=MAX_CALLS,
+            max_concurrency=3,
             max_restarts=MAX_RESTARTS,
-            max_task_retries=0,  # a chunk is not to wait until its replica is back: it goes to any that has room
+            max_task_retries=0,  # what it had goes to any that has room, and does not wait until it is back
         )
         self._new_actor = partial(actor.remote, model, dict(settings))
         self._min_replicas, self._max_replicas = min_replicas, max_replicas
@@ -154,11 +181,11 @@ class RayBackend:
         self._news = News()  # items, their end, and what is to be called with a call's result
         self._waiting: deque[_Request] = deque()
         self._suspects: deque[_Request] = deque()  # that have failed as often as they may among others
-        self._chunks: dict[int, tuple[int, list[_Request]]] = {}  # (replica, requests), by the call's number
-        self._call_numbers = count()
+        self._running: dict[int, _Request] = {}  # by number
+        self._numbers = count()
         self._max_model_len = 0
         self._slots_per_item = 0.0  # a moving average of what was handed out
-        self._most_seqs = self._most_slots = 0  # that the smallest replica has room for
+        self._most_seqs, self._most_slots = math.inf, math.inf  # that the smallest replica has room for
         self._num_allowed, self._num_generated = 1, 1  # tokens of answered requests
 
     def run(self, items: Iterable[Item]) -> Iterator[tuple[Item, RequestOutput]]:
@@ -180,7 +207,7 @@ class RayBackend:
         self._reader.start()
         is_read = False
         try:
-            while not is_read or self._waiting or self._suspects or self._chunks:
+            while not is_read or self._waiting or self._suspects or self._running:
                 self._look_for_room()
                 for event in self._events():
                     if event is END:
@@ -248,8 +275,11 @@ class RayBackend:
 
     def _start(self, replica: int) -> None:
         """Has a replica load the model: one that is new when Ray finds room for it, one that restarts if it is back."""
-        future = self._actors[replica].start.remote().future()
-        future.add_done_callback(lambda future: self._news.put(partial(self._on_start, replica, future)))
+        self._on_result(self._actors[replica].start.remote(), self._on_start, replica)
+
+    def _on_result(self, ref: "ray.ObjectRef", handler: Callable, replica: int) -> None:
+        """Has `handler` called in the thread that runs `run`, with the call's future."""
+        ref.future().add_done_callback(lambda future: self._news.put(partial(handler, replica, future)))
 
     def _on_start(self, replica: int, future: Future) -> Iterator[tuple[Item, RequestOutput]]:
         try:
@@ -265,71 +295,57 @@ class RayBackend:
                     raise _cause(error) from None
         else:
             self._were_up.add(replica)
-            if not self._stats:
-                self._most_seqs, self._most_slots = max_num_seqs, slots
             self._most_seqs, self._most_slots = min(self._most_seqs, max_num_seqs), min(self._most_slots, slots)
             self._stats[replica] = {}
             self._dispatcher.add(replica)
+            self._on_result(self._actors[replica].answers.remote(), self._on_answers, replica)
         yield from ()
 
     def _hand_out(self) -> None:
-        """Gives chunks to replicas while they have room; what may be the cause of failures last, each alone."""
-        while self._waiting or self._suspects:
-            queue = self._waiting or self._suspects
-            first = queue[0].item
-            self._slots_per_item = self._slots_per_item or self._expected_tokens(first)
-            room = min(self._most_slots, self._most_seqs * self._slots_per_item)
-            self._dispatcher.capacity = LEAD * room
-            prefix = _prefix(first)
-            replica = self._dispatcher.choose(prefix)
+        """Gives requests to replicas while they have room; what may be the cause of failures last, each alone."""
+        given: dict[int, list[tuple[int, Item]]] = {}
+        while self._stats and (self._waiting or self._suspects):
+            request = (self._waiting or self._suspects)[0]
+            expected, prefix = self._expected_tokens(request.item), _prefix(request.item)
+            self._slots_per_item = self._slots_per_item or expected
+            self._dispatcher.capacity = LEAD * min(self._most_slots, self._most_seqs * self._slots_per_item)
+            replica = self._dispatcher.choose(prefix if self._waiting else None)
             if replica is None:
-                return
+                break
             if self._waiting:
-                requests, num_tokens = self._next_chunk(room / CHUNKS_OUTSTANDING)
-            elif any(busy == replica for busy, _ in self._chunks.values()):
-                return
+                self._waiting.popleft()
+                self._slots_per_item += 0.01 * (expected - self._slots_per_item)
+            elif self._dispatcher.num_requests(replica):
+                break
             else:
-                requests, num_tokens = [self._suspects.popleft()], math.inf
-            number = next(self._call_numbers)
-            self._dispatcher.give(replica, number, num_tokens, prefix)
-            self._chunks[number] = replica, requests
-            ref = self._actors[replica].answer.remote([request.item for request in requests])
-            ref.future().add_done_callback(partial(self._on_done, number))
-
-    def _next_chunk(self, enough_tokens: float) -> tuple[list[_Request], float]:
-        requests, num_tokens = [], 0.0
-        while self._waiting and len(requests) < CHUNK_ITEMS and num_tokens < enough_tokens:
-            requests.append(self._waiting.popleft())
-            expected = self._expected_tokens(requests[-1].item)
-            self._slots_per_item += 0.01 * (expected - self._slots_per_item)
-            num_tokens += expected
-            if not requests[-1].num_failures:
+                self._suspects.popleft()
+                expected = math.inf
+            if not request.num_failures:
                 self._reader.release()
-        return requests, num_tokens
+            number = next(self._numbers)
+            self._dispatcher.give(replica, number, expected, prefix)
+            self._running[number] = request
+            given.setdefault(replica, []).append((number, request.item))
+        for replica, items in given.items():
+            self._actors[replica].give.remote(items)
 
-    def _on_done(self, number: int, future: Future) -> None:
-        """In a thread of Ray's."""
-        self._news.put(partial(self._on_answer, number, future))
-
-    def _on_answer(self, number: int, future: Future) -> Iterator[tuple[Item, RequestOutput]]:
-        replica, requests = self._chunks.pop(number)
-        is_up = self._dispatcher.finish(number)
+    def _on_answers(self, replica: int, future: Future) -> Iterator[tuple[Item, RequestOutput]]:
         try:
-            outputs, stats = future.result()
+            answered, self._stats[replica] = future.result()
         except Exception as error:
-            if is_up and isinstance(error, ray.exceptions.RayActorError):
-                logger.warning("replica %d died, its requests run again: %s", replica, error)
-                self._dispatcher.remove(replica)
-                del self._stats[replica]
-                self._is_down.add(replica)
-            yield from self._run_again(requests, error)
+            logger.warning("replica %d died, its requests run again: %s", replica, error)
+            del self._stats[replica]
+            self._is_down.add(replica)
+            yield from self._run_again([self._running.pop(n) for n in self._dispatcher.remove(replica)], error)
             return
-        if is_up:
-            self._stats[replica] = stats
-        for request, output in zip(requests, outputs, strict=True):
-            self._num_allowed += self._most_tokens(request.item)
-            self._num_generated += sum(len(completion["token_ids"]) for completion in output["outputs"])
-            yield request.item, output
+        self._on_result(self._actors[replica].answers.remote(), self._on_answers, replica)
+        for number, output in answered:
+            request = self._running.pop(number, None)
+            if request is not None:  # else it was taken for lost, and another was faster
+                self._dispatcher.finish(number)
+                self._num_allowed += self._most_tokens(request.item)
+                self._num_generated += sum(len(completion["token_ids"]) for completion in output["outputs"])
+                yield request.item, output
 
     def _run_again(self, requests: list[_Request], error: Exception) -> Iterator[tuple[Item, RequestOutput]]:
         for request in reversed(requests):

@@ -41,6 +41,10 @@ class Dispatcher:
         """How many requests are unfinished."""
         return len(self._replica_of)
 
+    def num_requests(self, replica: Hashable) -> int:
+        """How many of them are that replica's."""
+        return len(self._loads[replica].requests)
+
     def add(self, replica: Hashable) -> None:
         """A replica is ready. It has nothing to do yet."""
         assert replica not in self._loads

@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -73,9 +74,19 @@ def answers_of_one_engine(path: str, items: list[Item]) -> dict[int, list[int]]:
 
 def processes_of_replicas() -> list[psutil.Process]:
     """Oldest first."""
-    processes = psutil.Process().children(recursive=True)
-    found = [process for process in processes if any("ray::_Replica" in word for word in process.cmdline())]
-    return sorted(found, key=psutil.Process.create_time)
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if any("ray::_Replica" in word for word in process.cmdline()):
+                found[process] = process.create_time()
+    return sorted(found, key=found.get)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def raylet_of(process: psutil.Process) -> int:
@@ -96,7 +107,7 @@ def test_a_killed_actor_and_a_lost_node_cost_no_answer_and_change_none(cluster, 
             [node] = cluster.worker_nodes
             [on_node] = [p for p in processes_of_replicas() if raylet_of(p) == raylet_pid(node)]
             cluster.remove_node(node)  # it is killed, nobody is told
-            assert on_node.status() == psutil.STATUS_ZOMBIE
+            wait_until(lambda: on_node not in processes_of_replicas())
             cluster.add_node(**NODE)
     assert answers == answers_of_one_engine(path, items)
     assert backend_stats["output_tokens"] > 0
@@ -121,10 +132,7 @@ def wait_for_replicas(backend: RayBackend, n: int, items: list[Item]) -> None:
 
     def source() -> Iterator[Item]:
         yield items[0]
-        deadline = time.monotonic() + 60
-        while backend.stats()["replicas"] < n:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: backend.stats()["replicas"] == n)
         yield from items[1:]
 
     assert sum(1 for _ in backend.run(source())) == len(items)
@@ -157,7 +165,7 @@ def test_an_endless_input_is_read_as_there_is_room_and_answers_do_not_wait_for_i
     assert sorted(item.line for item, _ in itertools.islice(outputs, 10)) == list(range(10))
     answered.set()
     num_answers = sum(1 for _ in itertools.islice(outputs, 500))
-    num_outstanding = 2 * ray_backend.LEAD * SETTINGS["max_num_seqs"] + 2 * ray_backend.CHUNK_ITEMS
+    num_outstanding = 2 * ray_backend.LEAD * SETTINGS["max_num_seqs"] + 2
     assert next(taken) < num_answers + num_outstanding + ray_backend.READ_AHEAD
     outputs.close()
 
@@ -177,10 +185,7 @@ def test_a_model_that_cannot_be_loaded_raises_the_engines_own_error(cluster, pat
         list(backend.run(greedy_items(3)))
     assert type(raised.value) is ValueError
     backend.close()
-    deadline = time.monotonic() + 30
-    while processes_of_replicas():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not processes_of_replicas())
 
 
 def test_connecting_keeps_the_handler_of_sigterm_and_says_what_is_wrong(cluster, path):
@@ -228,7 +233,7 @@ def test_the_parquet_example_answers_with_the_demo_model(cluster, tmp_path):
     example.main([*files, "--column", "question", "--max-tokens", "20"])
     rows = parquet.read_table(tmp_path / "out").sort_by("question").to_pylist()
     assert [row["question"] for row in rows] == ["Hello", "What is 2 + 3?"]
-    assert all(row["generated_text"] and row["error"] is None for row in rows)
+    assert all(isinstance(row["generated_text"], str) and row["finish_reason"] and row["error"] is None for row in rows)
 
 
 def test_columns_that_would_be_there_twice_are_refused():
