@@ -2,8 +2,10 @@
 
 import importlib
 import itertools
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,7 +23,7 @@ import pyarrow.parquet as parquet
 import ray
 from ray.cluster_utils import Cluster
 
-from helpers import ROOT, random_prompts, save_model
+from helpers import DEMO_MODEL, ROOT, random_prompts, save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.batch import ray_backend
 from nanovllm.batch.lines import Item
@@ -89,10 +91,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def raylet_of(process: psutil.Process) -> int:
-    return next(parent.pid for parent in process.parents() if parent.name() == "raylet")
-
-
 def test_a_killed_actor_and_a_lost_node_cost_no_answer_and_change_none(cluster, path, backend, caplog):
     """And a node that joins gets the replica that the lost one had."""
     items, answers = greedy_items(900), {}
@@ -104,10 +102,7 @@ def test_a_killed_actor_and_a_lost_node_cost_no_answer_and_change_none(cluster, 
             [killed, *_] = processes_of_replicas()
             killed.send_signal(signal.SIGKILL)
         if number == 350:
-            [node] = cluster.worker_nodes
-            [on_node] = [p for p in processes_of_replicas() if raylet_of(p) == raylet_pid(node)]
-            cluster.remove_node(node)  # it is killed, nobody is told
-            wait_until(lambda: on_node not in processes_of_replicas())
+            lose_a_node(cluster)
             cluster.add_node(**NODE)
     assert answers == answers_of_one_engine(path, items)
     assert backend_stats["output_tokens"] > 0
@@ -115,9 +110,13 @@ def test_a_killed_actor_and_a_lost_node_cost_no_answer_and_change_none(cluster, 
     assert len(processes_of_replicas()) == 2
 
 
-def raylet_pid(node) -> int:
-    [info] = node.all_processes["raylet"]
-    return info.process.pid
+def lose_a_node(cluster: Cluster) -> None:
+    """With its replica. It is killed, nobody is told."""
+    [node] = cluster.worker_nodes
+    [raylet] = node.all_processes["raylet"]
+    [replica] = [p for p in processes_of_replicas() if any(q.pid == raylet.process.pid for q in p.parents())]
+    cluster.remove_node(node)
+    wait_until(lambda: replica not in processes_of_replicas())
 
 
 def test_replicas_share_the_work(path, backend):
@@ -177,6 +176,28 @@ def test_an_input_that_raises_ends_the_job_with_its_error(path, backend):
 
     with pytest.raises(OSError, match="the disk is gone"):
         list(backend.run(source()))
+
+
+def test_a_job_whose_driver_is_killed_goes_on_with_what_is_missing(cluster, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts = [f"What is {i} + {i + 7}?" for i in range(400)]
+    source.write_text("".join(json.dumps({"prompt": prompt, "temperature": 0}) + "\n" for prompt in prompts))
+    settings = SETTINGS | {"kvcache_block_size": 16, "num_kvcache_blocks": 200}
+    options = settings | {"defaults": {"max_tokens": 60}, "ray": cluster.address, "use_tqdm": False}
+    job = f"from nanovllm import batch; batch.run({str(source)!r}, {str(output)!r}, {str(DEMO_MODEL)!r}, **{options})"
+    driver = subprocess.Popen([sys.executable, "-c", job])
+    wait_until(lambda: output.exists() and output.read_bytes().count(b"\n") >= 20)
+    driver.kill()
+    driver.wait()
+    num_written = output.read_bytes().count(b"\n")
+    assert num_written < len(prompts)
+    subprocess.run([sys.executable, "-c", job], check=True, timeout=120)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    answers = {record["custom_id"]: record["response"]["body"]["choices"][0]["text"] for record in records}
+    with LLM(str(DEMO_MODEL), **settings) as llm:
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=60), use_tqdm=False)
+    assert len(records) == len(prompts)
+    assert answers == {f"line-{i + 1}": output["text"] for i, output in enumerate(outputs)}
 
 
 def test_a_model_that_cannot_be_loaded_raises_the_engines_own_error(cluster, path):
