@@ -2,8 +2,10 @@
 
 import json
 import re
+import reprlib
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from nanovllm.layers.attention import BACKENDS
 from nanovllm.layers.rotary_embedding import rope_settings
 from nanovllm.models import MODELS
-from nanovllm.utils.checks import check_bool, check_choice, check_float, check_int, nearest_name
+from nanovllm.utils.checks import check_bool, check_choice, check_float, check_int, nearest_name, reading
 from nanovllm.utils.device import default_batched_tokens, resolve_device, suitable_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,6 +44,12 @@ VLLM_SETTINGS = {
     "pipeline_parallel_size": "use tensor_parallel_size",
     "data_parallel_size": "use tensor_parallel_size, or an LLM in each of several processes",
 }
+
+
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "vocab_size",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -81,7 +89,8 @@ class Config:
             self.hf_config = read_hf_config(self.model_path)
         self.architecture = supported_architecture(self.hf_config.architectures, self.model_path)
         check_parallel_size(self.tensor_parallel_size, self.hf_config, self.device)
-        self.max_model_len = min(self.max_model_len, max_position(self.hf_config))
+        with reading(self.model_path / "config.json"):
+            self.max_model_len = min(self.max_model_len, max_position(self.hf_config))
         name = str(self.dtype).removeprefix("torch.")
         if name != "auto":
             self.dtype = DTYPES[name]
@@ -89,8 +98,11 @@ class Config:
             stored = getattr(self.hf_config, "dtype" if hasattr(self.hf_config, "dtype") else "torch_dtype", None)
             stored = DTYPES.get(str(stored).removeprefix("torch."), torch.bfloat16)
             self.dtype = suitable_dtype(stored, self.device)
-        eos = self._read_eos() if self.eos is None else self.eos
-        self.eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos)
+        with reading(self.model_path / "generation_config.json") if self.eos is None else nullcontext():
+            eos = self._read_eos() if self.eos is None else self.eos
+            self.eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos)
+            for token_id in self.eos_token_ids:
+                check_int("eos", token_id)
 
     def _check_ranges(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len"):
@@ -171,17 +183,24 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} is damaged: it has {reprlib.repr(raw)} instead of an object")
     supported_architecture(raw.get("architectures"), path)  # before transformers, which may not know it either
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+        with reading(file):
+            method = raw["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"{path} is quantised ({method}), which is not supported; use the unquantised checkpoint")
-    return AutoConfig.from_pretrained(path)
+    with reading(file):
+        hf_config = AutoConfig.from_pretrained(path)
+        for name in SIZES:
+            check_int(name, getattr(hf_config, name), 1, 2**31 - 1)
+        return hf_config
 
 
 def supported_architecture(architectures: list[str] | None, path: Path) -> str:
     """The first of a checkpoint's architectures that there is a model for; ValueError if there is none."""
-    for name in architectures or []:
-        if name in MODELS:
+    for name in architectures if isinstance(architectures, list) else []:
+        if isinstance(name, str) and name in MODELS:
             return name
     raise ValueError(f"{path} is a model of architecture {architectures}; supported are {sorted(MODELS)}")
 

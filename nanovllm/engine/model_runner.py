@@ -27,6 +27,7 @@ from nanovllm.layers.sampler import sample
 from nanovllm.layers.weight import check_quantization, choose_products, pack
 from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.checks import reading
 from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, default_threads, upload
 from nanovllm.utils.loader import load_dummy, load_model
@@ -143,7 +144,8 @@ class ModelRunner:
             default_dtype = torch.get_default_dtype()
             torch.set_default_dtype(config.dtype)
             try:
-                model = MODELS[config.architecture](config.hf_config, config.max_model_len, self.tp)
+                with reading(config.model_path / "config.json"):
+                    model = MODELS[config.architecture](config.hf_config, config.max_model_len, self.tp)
             finally:
                 torch.set_default_dtype(default_dtype)
         if config.load_format == "dummy":
