@@ -57,21 +57,23 @@ class Config:
     """Settings of an engine; the README explains each. TypeError or ValueError if one is wrong for model or device."""
 
     model: str  # a Hugging Face checkpoint directory, or an `owner/name` id of the hub
-    max_num_batched_tokens: int | None = None  # most in a prefill step, else chunks; None: `default_batched_tokens`
+    # Most tokens of a prefill step, a longer prompt is computed in chunks; None: 16384, on a CPU 1024.
+    max_num_batched_tokens: int | None = None
     max_num_seqs: int = 512  # most sequences that run at the same time
     max_model_len: int = 4096  # most tokens of a sequence, prompt included; lowered to what the model supports
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory to use, in (0, 1]
     tensor_parallel_size: int = 1  # processes that share the model, 1 to 8; on CUDA each has a GPU
     worker_timeout: float = 60.0  # seconds without progress in a step, after which a tensor-parallel rank hangs
     enforce_eager: bool = False  # no CUDA graphs or recordings for decode
-    # Tokens per block of the KV cache, also the unit of prefix caching; None: `layers.attention` knows what is fast.
+    # Tokens per block of the KV cache, also the unit of prefix caching; None: what the attention backend is fast with.
     kvcache_block_size: int | None = None
-    num_kvcache_blocks: int = -1  # -1 fills the memory budget: see `utils.device.default_cache_bytes`
+    num_kvcache_blocks: int = -1  # of the KV cache; -1: as many as the memory budget holds
     hf_config: PretrainedConfig | None = None  # read from the checkpoint by default
     eos: int | Sequence[int] | None = None  # ids that end a completion; read from the checkpoint by default
-    dtype: str | torch.dtype = "auto"  # the checkpoint's, or what the device is fast in; or one of `DTYPES`
+    # The checkpoint's, or what the device is fast in; or "float32", "bfloat16" or "float16".
+    dtype: str | torch.dtype = "auto"
     device: str | torch.device = "auto"  # CUDA if there is one; or "cpu" or "cuda"
-    attention_backend: str = "auto"  # the first that works here; or one of `layers.attention.BACKENDS`
+    attention_backend: str = "auto"  # the first that works here; or flash_attn, triton, torch_varlen or cpu
     load_format: str = "auto"  # safetensors; or "dummy": random weights, for benchmarks
     quantization: str | None = None  # "int8": weights in 8 bits, each output channel with a scale (CPU only)
     seed: int = 0  # of the sampling and of dummy weights
