@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import sys
 from contextlib import closing
 from dataclasses import Field, fields, replace
@@ -275,4 +276,16 @@ def _run_batch(args: argparse.Namespace) -> int:
     except BatchError as error:
         _complain(error)
         return 2
+    _tell(summary)
     return summary["exit_code"]
+
+
+def _tell(summary: dict[str, object]) -> None:
+    """What a job has come to."""
+    text = "{answered} requests are answered, {failed} have errors; in {seconds:.1f} s {prompt_tokens} tokens in and "
+    text += "{output_tokens} out, {output_tokens_per_second:.1f} a second"
+    print(text.format(**summary), file=sys.stderr)
+    for path, why in summary["unreadable"].items():
+        print(f"{path} could not be read to its end: {why}", file=sys.stderr)
+    if summary["exit_code"] == 130:
+        print(f"interrupted; to go on: {shlex.join(['nanovllm', *sys.argv[1:]])}", file=sys.stderr)

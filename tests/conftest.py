@@ -13,6 +13,8 @@ SLOW_NAMES = (
     "no_batch_compiles_anything",
     "killed_at_any_moment",
     "memory_does_not_grow",
+    "no_port_is_open_beyond",
+    "no_port_is_open_for",
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
