@@ -149,7 +149,8 @@ class ModelRunner:
         if config.load_format == "dummy":
             load_dummy(model, config.seed, config.device, convert)
         else:
-            load_model(model, config.model_path, config.device, convert, self.tp.rank == 0, self._check_ranks)
+            shows_progress = self.tp.rank == 0 and config.data_parallel_size == 1
+            load_model(model, config.model_path, config.device, convert, shows_progress, self._check_ranks)
         return model.to(config.device).eval()
 
     def _can_capture(self, backend: AttentionBackend) -> bool:

@@ -12,7 +12,6 @@ import threading
 import traceback
 from array import array
 from contextlib import suppress
-from dataclasses import replace
 from functools import cached_property, partial
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
@@ -46,8 +45,7 @@ class Work(NamedTuple):
     """A prompt and those of its completions that are unfinished."""
 
     prompt: array
-    params: SamplingParams  # of the first; without `logits_processors`
-    logits_processors: bytes | None  # pickled by themselves, since only this work fails if they cannot be read
+    params: SamplingParams  # of the first
     bad_words_ids: list[list[int]]
     is_streamed: bool
     has_text: bool  # to be read as it grows
@@ -57,7 +55,9 @@ class Work(NamedTuple):
 class Orders(NamedTuple):
     """What a replica is sent."""
 
-    works: list[Work]
+    works: list[
+        tuple[bytes, list[int]]
+    ]  # each pickled by itself, since only it fails if it cannot be read, and its ids
     aborted: list[int]  # ids of sequences that nobody waits for any more
 
 
@@ -184,6 +184,13 @@ class ReportingLoop(EngineLoop):
         self._abort([sequences[seq_id] for seq_id in seq_ids if seq_id in sequences])
         self._send_report()
 
+    def refuse(self, seq_ids: list[int], error: Exception) -> None:
+        """In the thread: says that they have failed."""
+        self._num_added += len(seq_ids)
+        failed = array("i"), None, "error", None, [], [None], None, PackedError.of(error)
+        self.outbox.ends += [End(seq_id, *failed) for seq_id in seq_ids]
+        self._send_report()
+
     def _add(self, seqs: list[Sequence], news: News | None) -> None:
         self._num_added += len(seqs)
         super()._add(seqs, news)
@@ -210,10 +217,15 @@ class Replica:
         threading.Thread(target=self._send, daemon=True).start()
         with suppress(EOFError, OSError):
             while True:
-                works, aborted = self._connection.recv()
-                self._loop.add([seq for work in works for seq in self._sequences(work)])
-                if aborted:
-                    self._loop.post(partial(self._loop.abort_ids, aborted))
+                orders, seqs = self._connection.recv(), []
+                for pickled, seq_ids in orders.works:
+                    try:
+                        seqs += self._sequences(pickle.loads(pickled))
+                    except Exception as error:  # such as that its logits processor is not to be found in this process
+                        self._loop.post(partial(self._loop.refuse, seq_ids, error))
+                self._loop.add(seqs)
+                if orders.aborted:
+                    self._loop.post(partial(self._loop.abort_ids, orders.aborted))
         self._loop.end()
 
     def _send(self) -> None:
@@ -226,16 +238,11 @@ class Replica:
         return inputs.load_tokenizer(self._config)
 
     def _sequences(self, work: Work) -> list[Sequence]:
-        params, error, seqs, config = work.params, None, [], self._config
-        if work.logits_processors is not None:
-            try:
-                params = replace(params, logits_processors=pickle.loads(work.logits_processors))
-            except Exception as unreadable:  # not to be found in this process
-                error = unreadable
+        seqs: list[Sequence] = []
         for seq_id, rng_key, token_ids in work.completions:
-            limits, source = (config.eos_token_ids, config.max_model_len), seqs[0] if seqs else None
-            own = inputs.sibling_params(params) if seqs else params
-            seq = Sequence(seq_id, work.prompt, own, *limits, rng_key, source, work.bad_words_ids, error=error)
+            limits, source = (self._config.eos_token_ids, self._config.max_model_len), seqs[0] if seqs else None
+            params = inputs.sibling_params(work.params) if seqs else work.params
+            seq = Sequence(seq_id, work.prompt, params, *limits, rng_key, source, work.bad_words_ids)
             seq.text = TextStream(self._tokenizer, seq) if work.has_text else None
             for token_id in token_ids:  # read one by one, as they were when they came
                 seq.token_ids.append(token_id)

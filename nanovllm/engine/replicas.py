@@ -9,10 +9,9 @@ import logging
 import os
 import pickle
 import socket
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from itertools import groupby
 from multiprocessing.connection import wait
 from queue import Empty
@@ -50,16 +49,12 @@ class Group:
         first = self.seqs[0]
         return first.token_ids[:block_size].tobytes() if first.num_prompt_tokens > block_size else None
 
-    def work(self) -> Work:
-        """As a replica is sent it."""
-        first = self.seqs[0]
-        params, processors = first.params, None
-        if params.logits_processors:
-            processors, params = pickle.dumps(params.logits_processors), replace(params, logits_processors=None)
-        start = first.num_prompt_tokens
+    def pickled(self) -> bytes:
+        """The `Work`. Raises whatever pickle does, and what it calls."""
+        first, start = self.seqs[0], self.seqs[0].num_prompt_tokens
         completions = [Completion(seq.seq_id, seq.rng_key, seq.token_ids[start:]) for seq in self.seqs]
         options = first.bad_words_ids, first.watcher.follows, first.text is not None
-        return Work(first.token_ids[:start], params, processors, *options, completions)
+        return pickle.dumps(Work(first.token_ids[:start], first.params, *options, completions))
 
 
 class ReplicaLoop(CallLoop):
@@ -102,24 +97,26 @@ class ReplicaLoop(CallLoop):
     @property
     def num_tokens(self) -> dict[bool, int]:
         """As an `EngineLoop`'s."""
-        stats = self.stats()
-        return {True: stats["prefill_tokens"], False: stats["decode_tokens"]}
+        return {True: self._total("prefill_tokens"), False: self._total("decode_tokens")}
 
     @property
     def seconds(self) -> dict[bool, float]:
         """Those in which replicas have computed at the same time count once."""
-        stats, size = self.stats(), len(self._replicas)
-        return {True: stats["prefill_seconds"] / size, False: stats["decode_seconds"] / size}
+        size = len(self._replicas)
+        return {True: self._total("prefill_seconds") / size, False: self._total("decode_seconds") / size}
 
     def stats(self) -> dict[str, int | float | list[int]]:
         """The sums over all replicas, also those that are gone."""
-        total: Counter[str] = Counter()
-        each = [stats for stats in [*self._past_stats, *(process.stats for process in self._replicas)] if stats]
-        for stats in each:
-            total.update({name: value for name, value in stats.items() if name != "step_times"})
-        total["waiting"] += self._num_waiting
-        times = [stats["step_times"] for stats in each]
-        return dict(total) | {"step_times": [sum(counts) for counts in zip(*times, strict=True)]}
+        each = self._each_stats()
+        times = [sum(counts) for counts in zip(*(stats["step_times"] for stats in each), strict=True)]
+        total = {name: self._total(name) for name in each[0] if name != "step_times"}
+        return total | {"waiting": total["waiting"] + self._num_waiting, "step_times": times}
+
+    def _each_stats(self) -> list[dict[str, object]]:
+        return [stats for stats in [*self._past_stats, *(process.stats for process in self._replicas)] if stats]
+
+    def _total(self, name: str) -> int | float:
+        return sum(stats[name] for stats in self._each_stats())
 
     def is_finished(self) -> bool:
         """Whether nothing is waiting or running."""
@@ -209,7 +206,7 @@ class ReplicaLoop(CallLoop):
 
     def _hand_out(self) -> None:
         """Sends what waits to the replicas that have room for it."""
-        works: dict[int, list[Work]] = defaultdict(list)
+        works: dict[int, list[tuple[bytes, list[int]]]] = defaultdict(list)
         while self._waiting:
             group = self._waiting[0]
             prefix = group.prefix(self._block_size)
@@ -219,11 +216,10 @@ class ReplicaLoop(CallLoop):
             self._waiting.popleft()
             self._num_waiting -= len(group.seqs)
             try:
-                work = group.work()
-            except Exception as error:  # whatever pickle and what it calls may raise
+                works[index].append((group.pickled(), [seq.seq_id for seq in group.seqs]))
+            except Exception as error:
                 self._refuse(group, error)
                 continue
-            works[index].append(work)
             self._dispatcher.give(index, group.key, group.num_tokens(self.output_ratio), prefix)
             group.replica, self._given[group.key] = index, group
             self._seqs |= {seq.seq_id: (seq, group) for seq in group.seqs}
@@ -239,8 +235,8 @@ class ReplicaLoop(CallLoop):
     def _refuse(self, group: Group, error: Exception) -> None:
         for seq in group.seqs:
             seq.error = TypeError(
-                "logits_processors must be picklable with data_parallel_size > 1, since they run in other processes: "
-                f"functions and classes at the top of a module are ({type(error).__name__}: {error})"
+                "a request must be picklable with data_parallel_size > 1, since it runs in another process; of "
+                f"logits_processors, functions and classes at the top of a module are. {type(error).__name__}: {error}"
             )
             self._end(seq, "error")
 

@@ -254,7 +254,7 @@ def test_a_processor_that_fails_concerns_its_request_only(one, two, functions, k
     processor = {"raises": functions.fail, "cannot be sent": lambda ids, x: x, "cannot be read": module.flip}[kind]
     reason = {
         "raises": "KeyError: 'of this request'",
-        "cannot be sent": "TypeError: logits_processors must be picklable",
+        "cannot be sent": "TypeError: a request must be picklable",
         "cannot be read": "only_in_the_parent",
     }[kind]
     good = SamplingParams(temperature=0, max_tokens=5)
