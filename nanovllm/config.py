@@ -42,7 +42,6 @@ VLLM_SETTINGS = {
     "disable_log_stats": "nothing is logged but to the logger 'nanovllm'",
     "distributed_executor_backend": "tensor_parallel_size starts processes on this machine",
     "pipeline_parallel_size": "use tensor_parallel_size",
-    "data_parallel_size": "use tensor_parallel_size, or an LLM in each of several processes",
 }
 
 
@@ -63,6 +62,8 @@ class Config:
     max_model_len: int = 4096  # most tokens of a sequence, prompt included; lowered to what the model supports
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory to use, in (0, 1]
     tensor_parallel_size: int = 1  # processes that share the model, 1 to 8; on CUDA each has a GPU
+    # Replicas of the model that share the requests, 1 to 64: processes, each with its GPUs or its share of the cores.
+    data_parallel_size: int = 1
     worker_timeout: float = 60.0  # seconds without progress in a step, after which a tensor-parallel rank hangs
     enforce_eager: bool = False  # no CUDA graphs or recordings for decode
     # Tokens per block of the KV cache, also the unit of prefix caching; None: what the attention backend is fast with.
@@ -90,7 +91,7 @@ class Config:
         if self.hf_config is None:
             self.hf_config = read_hf_config(self.model_path)
         self.architecture = supported_architecture(self.hf_config.architectures, self.model_path)
-        check_parallel_size(self.tensor_parallel_size, self.hf_config, self.device)
+        check_parallel_size(self.tensor_parallel_size, self.data_parallel_size, self.hf_config, self.device)
         with reading(self.model_path / "config.json"):
             self.max_model_len = min(self.max_model_len, max_position(self.hf_config))
         name = str(self.dtype).removeprefix("torch.")
@@ -112,6 +113,7 @@ class Config:
         if self.kvcache_block_size is not None:
             check_int("kvcache_block_size", self.kvcache_block_size, 1)
         check_int("tensor_parallel_size", self.tensor_parallel_size, 1, 8)
+        check_int("data_parallel_size", self.data_parallel_size, 1, 64)
         check_int("seed", self.seed)
         check_int("num_kvcache_blocks", self.num_kvcache_blocks, -1)
         if self.num_kvcache_blocks == 0:
@@ -207,8 +209,8 @@ def supported_architecture(architectures: list[str] | None, path: Path) -> str:
     raise ValueError(f"{path} is a model of architecture {architectures}; supported are {sorted(MODELS)}")
 
 
-def check_parallel_size(size: int, hf_config: PretrainedConfig, device: torch.device) -> None:
-    """Raises ValueError unless a model can be split over `size` ranks, and there is a GPU for each if it is to be one.
+def check_parallel_size(size: int, num_replicas: int, hf_config: PretrainedConfig, device: torch.device) -> None:
+    """Raises ValueError unless a model can be split over `size` ranks, and each of all replicas has a GPU if on any.
 
     KV heads may be fewer than the ranks, several of which then hold the same one.
     """
@@ -219,9 +221,11 @@ def check_parallel_size(size: int, hf_config: PretrainedConfig, device: torch.de
             f"tensor_parallel_size={size} does not divide the model's num_attention_heads={heads}, "
             f"num_key_value_heads={kv_heads} (or the reverse) and intermediate_size={width}; use one of {fitting}"
         )
-    num_gpus = torch.cuda.device_count()
-    if size > 1 and device.type == "cuda" and num_gpus < size:
-        raise ValueError(f"tensor_parallel_size={size} needs as many GPUs; this machine has {num_gpus}")
+    num_gpus, needed = torch.cuda.device_count(), size * num_replicas
+    if needed > 1 and device.type == "cuda" and num_gpus < needed:
+        sizes = [f"tensor_parallel_size={size}"] + [f"data_parallel_size={num_replicas}"] * (num_replicas > 1)
+        how_many = f"{needed} GPUs" if num_replicas > 1 else "as many GPUs"
+        raise ValueError(f"{' and '.join(sizes)} needs {how_many}; this machine has {num_gpus}")
 
 
 def max_position(hf_config: PretrainedConfig) -> int:

@@ -5,7 +5,13 @@ import os
 import pytest
 import torch
 
-SLOW_FILES = {"test_attention_compiled.py", "test_start_up_compiles.py", "test_tensor_parallel.py", "test_workers.py"}
+SLOW_FILES = {
+    "test_attention_compiled.py",
+    "test_replicas.py",
+    "test_start_up_compiles.py",
+    "test_tensor_parallel.py",
+    "test_workers.py",
+}
 SLOW_NAMES = (
     "fit_each_architecture",
     "compiles_ahead_of_time",
