@@ -13,6 +13,8 @@ SLOW_NAMES = (
     "no_batch_compiles_anything",
     "killed_at_any_moment",
     "memory_does_not_grow",
+    "in_a_terminal",
+    "in_a_pipe",
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
