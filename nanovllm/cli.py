@@ -29,7 +29,12 @@ Ctrl-C          end an answer"""
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command. Returns the exit code: 2 for a user's mistake, 130 after Ctrl-C."""
-    args = _make_parser().parse_args(arguments)
+    parser = _make_parser()
+    args, others = parser.parse_known_args(arguments)
+    if others and (not hasattr(args, "prompts") or any(text.startswith("-") for text in others)):
+        parser.error(f"there is no option or argument {' '.join(others)}; `nanovllm COMMAND -h` lists what there is")
+    if others:  # what comes after an option
+        args.prompts += others
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -236,6 +241,7 @@ def _read_line() -> str | None:
         print()
         return ""
     except EOFError:
+        print(end="\n" if sys.stdin.isatty() else "")
         return None
 
 

@@ -21,6 +21,8 @@ SLOW_NAMES = (
     "memory_does_not_grow",
     "no_port_is_open_beyond",
     "no_port_is_open_for",
+    "in_a_terminal",
+    "in_a_pipe",
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
