@@ -236,8 +236,9 @@ def test_in_a_pipe_whose_reader_has_gone_nothing_is_complained_of():
 def test_run_batch_hands_its_arguments_on(monkeypatch, capsys):
     def run(*arguments, **options):
         calls.append((arguments, options))
-        return {"exit_code": 3}
+        return dict.fromkeys(counts, 1) | {"exit_code": 3, "unreadable": {"a": "it broke off"}}
 
+    counts = "answered", "failed", "seconds", "prompt_tokens", "output_tokens", "output_tokens_per_second"
     calls = []
     monkeypatch.setattr(batch, "run", run)
     files = ["run-batch", "-i", "a", "b", "-i", "c", "-o", "out", "--model", "m"]
@@ -247,6 +248,8 @@ def test_run_batch_hands_its_arguments_on(monkeypatch, capsys):
     plain = {"defaults": {}, "in_order": False, "force": False, "summary": None, "ray": None}
     asked = {"defaults": {"top_k": 5}, "in_order": True, "force": True, "summary": "s", "ray": "auto", "seed": 7}
     assert calls == [((["a", "b", "c"], "out", "m"), plain | rest), ((["a", "b", "c"], "out", "m"), asked | rest)]
+
+    assert "a could not be read to its end: it broke off" in capsys.readouterr().err
 
     def refuse(*arguments, **options):
         raise batch.BatchError("no room")
