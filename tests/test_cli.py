@@ -66,7 +66,7 @@ def test_values_are_read_by_their_fields_types():
     assert (engine, sampling) == ({"eos": [3, 4], "quantization": None, "dtype": "float32", "enforce_eager": True}, {})
     _, sampling = parsed("--stop", "5", "--stop", "none", "--logit-bias", '{"7": -1}', "--no-skip-special-tokens")
     assert sampling == {"stop": ["5", "none"], "logit_bias": {7: -1}, "skip_special_tokens": False}
-    assert parsed("--max-tokens", "none", "--top-p", "0.5", "--allowed-token-ids=[1]")[1] == {
+    assert parsed("--max-tokens", "none", "--top-p", "0.5", "--allowed-token-ids=1")[1] == {
         "max_tokens": None, "top_p": 0.5, "allowed_token_ids": [1],
     }  # fmt: skip
 
@@ -108,6 +108,7 @@ def test_without_a_model_the_demo_is_taken_only_inside_the_repository(tmp_path, 
 
 
 def test_answers_come_in_order_as_text_or_as_all_that_is_known(monkeypatch, capsys):
+    asking = ["generate", DEMO, *EXACT, "--chat", "what is 2 + 3?"]
     assert cli.main(["generate", DEMO, *EXACT, "--chat", "what is 2 + 3?", "--max-tokens", "20", "what is 4 + 5?"]) == 0
     assert capsys.readouterr().out == "2 + 3 = 5.\n4 + 5 = 9.\n"
     give_input(monkeypatch, "The primes\n\n1, 2, 3\n")
