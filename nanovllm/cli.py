@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import sys
 from contextlib import closing
 from dataclasses import Field, fields, replace
@@ -30,10 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command. Returns the exit code: 2 for a user's mistake, 130 after Ctrl-C."""
     parser = _make_parser()
     args, others = parser.parse_known_args(arguments)
-    if others and (not hasattr(args, "prompts") or any(text.startswith("-") for text in others)):
+    options = others[: others.index("--")] if "--" in others else others
+    if others and (not hasattr(args, "prompts") or any(text.startswith("-") for text in options)):
         parser.error(f"there is no option or argument {' '.join(others)}; `nanovllm COMMAND -h` lists what there is")
-    if others:  # what comes after an option
-        args.prompts += others
+    if others:  # prompts that come after an option
+        args.prompts += [text for text in others if text != "--"]
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -144,7 +146,7 @@ def _kind(field: Field) -> dict[str, object]:
     if "Sequence[str]" in kind:
         return {"action": "append", "metavar": "TEXT"}
     if "Sequence[int]" in kind:
-        return {"type": _ids, "metavar": "ID,ID,..."}
+        return {"type": _token_ids, "metavar": "ID,ID,..."}
     metavar = "JSON" if "dict" in kind else "N" if "int" in kind else "X" if "float" in kind else "NAME"
     return {"type": _value, "metavar": metavar}
 
@@ -158,7 +160,7 @@ def _value(text: str) -> object:
     return {int(key): each for key, each in value.items()} if isinstance(value, dict) else value
 
 
-def _ids(text: str) -> list[int]:
+def _token_ids(text: str) -> list[int]:
     return [int(token_id) for token_id in text.split(",")]
 
 
@@ -286,4 +288,16 @@ def _run_batch(args: argparse.Namespace) -> int:
     except BatchError as error:
         _complain(error)
         return 2
+    _tell(summary)
     return summary["exit_code"]
+
+
+def _tell(summary: dict[str, object]) -> None:
+    """What a job has come to."""
+    text = "{answered} requests are answered, {failed} have errors; in {seconds:.1f} s {prompt_tokens} tokens in and "
+    text += "{output_tokens} out, {output_tokens_per_second:.1f} a second"
+    print(text.format(**summary), file=sys.stderr)
+    for path, why in summary["unreadable"].items():
+        print(f"{path} could not be read to its end: {why}", file=sys.stderr)
+    if summary["exit_code"] == 130:
+        print(f"interrupted; to go on: {shlex.join(['nanovllm', *sys.argv[1:]])}", file=sys.stderr)

@@ -5,7 +5,13 @@ import os
 import pytest
 import torch
 
-SLOW_FILES = {"test_attention_compiled.py", "test_start_up_compiles.py", "test_tensor_parallel.py", "test_workers.py"}
+SLOW_FILES = {
+    "test_attention_compiled.py",
+    "test_replicas.py",
+    "test_start_up_compiles.py",
+    "test_tensor_parallel.py",
+    "test_workers.py",
+}
 SLOW_NAMES = (
     "fit_each_architecture",
     "compiles_ahead_of_time",
@@ -15,6 +21,8 @@ SLOW_NAMES = (
     "memory_does_not_grow",
     "in_a_terminal",
     "in_a_pipe",
+    "no_port_is_open_beyond",
+    "no_port_is_open_for",
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

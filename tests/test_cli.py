@@ -109,7 +109,7 @@ def test_without_a_model_the_demo_is_taken_only_inside_the_repository(tmp_path, 
 
 def test_answers_come_in_order_as_text_or_as_all_that_is_known(monkeypatch, capsys):
     asking = ["generate", DEMO, *EXACT, "--chat", "what is 2 + 3?"]
-    assert cli.main(["generate", DEMO, *EXACT, "--chat", "what is 2 + 3?", "--max-tokens", "20", "what is 4 + 5?"]) == 0
+    assert cli.main([*asking, "--max-tokens", "20", "--", "what is 4 + 5?"]) == 0
     assert capsys.readouterr().out == "2 + 3 = 5.\n4 + 5 = 9.\n"
     give_input(monkeypatch, "The primes\n\n1, 2, 3\n")
     assert cli.main(["generate", DEMO, *EXACT, "--max-tokens", "5", "--json"]) == 0
