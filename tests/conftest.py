@@ -19,10 +19,10 @@ SLOW_NAMES = (
     "no_batch_compiles_anything",
     "killed_at_any_moment",
     "memory_does_not_grow",
-    "in_a_terminal",
-    "in_a_pipe",
     "no_port_is_open_beyond",
     "no_port_is_open_for",
+    "in_a_terminal",
+    "in_a_pipe",
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

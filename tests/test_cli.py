@@ -237,9 +237,10 @@ def test_in_a_pipe_whose_reader_has_gone_nothing_is_complained_of():
 def test_run_batch_hands_its_arguments_on(monkeypatch, capsys):
     def run(*arguments, **options):
         calls.append((arguments, options))
-        return {"exit_code": 3}
+        return {"exit_code": 3, "answered": 5, "failed": 1, "unreadable": {"a": "torn"}, **counts}
 
-    calls = []
+    calls, names = [], ("seconds", "prompt_tokens", "output_tokens", "output_tokens_per_second")
+    counts = dict.fromkeys(names, 2)
     monkeypatch.setattr(batch, "run", run)
     files = ["run-batch", "-i", "a", "b", "-i", "c", "-o", "out", "--model", "m"]
     assert cli.main(files) == 3
@@ -248,6 +249,8 @@ def test_run_batch_hands_its_arguments_on(monkeypatch, capsys):
     plain = {"defaults": {}, "in_order": False, "force": False, "summary": None, "ray": None}
     asked = {"defaults": {"top_k": 5}, "in_order": True, "force": True, "summary": "s", "ray": "auto", "seed": 7}
     assert calls == [((["a", "b", "c"], "out", "m"), plain | rest), ((["a", "b", "c"], "out", "m"), asked | rest)]
+    error = capsys.readouterr().err
+    assert "5 requests are answered, 1 have errors" in error and "a could not be read to its end: torn" in error
 
     def refuse(*arguments, **options):
         raise batch.BatchError("no room")
