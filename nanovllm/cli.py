@@ -31,10 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command. Returns the exit code: 2 for a user's mistake, 130 after Ctrl-C."""
     parser = _make_parser()
     args, others = parser.parse_known_args(arguments)
-    if others and (not hasattr(args, "prompts") or any(text.startswith("-") for text in others)):
+    options = others[: others.index("--")] if "--" in others else others
+    if others and (not hasattr(args, "prompts") or any(text.startswith("-") for text in options)):
         parser.error(f"there is no option or argument {' '.join(others)}; `nanovllm COMMAND -h` lists what there is")
-    if others:  # what comes after an option
-        args.prompts += others
+    if others:  # prompts that come after an option
+        args.prompts += [text for text in others if text != "--"]
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -131,7 +132,8 @@ def _comments(source: type) -> dict[str, str]:
         if line.startswith("# "):
             above.append(line[2:])
         elif match := re.match(r"(\w+): .*? = .*?(?:  # (.*))?$", line):
-            comments[match[1]] = f"{above[0][0].lower()}{' '.join(above)[1:].rstrip('.')}" if above else match[2]
+            text = " ".join(above).rstrip(".") or match[2] or ""
+            comments[match[1]] = text[0].lower() + text[1:] if text[1:2].islower() else text
             above = []
     return comments
 
@@ -144,7 +146,7 @@ def _kind(field: Field) -> dict[str, object]:
     if "Sequence[str]" in kind:
         return {"action": "append", "metavar": "TEXT"}
     if "Sequence[int]" in kind:
-        return {"type": lambda text: _value(f"[{text.strip('[]')}]"), "metavar": "ID,ID,..."}
+        return {"type": _token_ids, "metavar": "ID,ID,..."}
     metavar = "JSON" if "dict" in kind else "N" if "int" in kind else "X" if "float" in kind else "NAME"
     return {"type": _value, "metavar": metavar}
 
@@ -156,6 +158,10 @@ def _value(text: str) -> object:
     except ValueError:
         return text
     return {int(key): each for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _token_ids(text: str) -> list[int]:
+    return [int(token_id) for token_id in text.split(",")]
 
 
 def _given(args: argparse.Namespace, prefix: str) -> dict[str, object]:
@@ -191,7 +197,7 @@ def _generate(args: argparse.Namespace) -> int:
         try:
             _show((llm.chat if args.chat else llm.generate)(prompts, params, use_tqdm=is_shown), args.json)
         except (KeyboardInterrupt, GenerationError) as error:
-            _show([output for output in error.outputs if output], args.json)
+            _show([output for output in getattr(error, "outputs", ()) if output], args.json)
             raise
     return 0
 

@@ -66,7 +66,7 @@ def test_values_are_read_by_their_fields_types():
     assert (engine, sampling) == ({"eos": [3, 4], "quantization": None, "dtype": "float32", "enforce_eager": True}, {})
     _, sampling = parsed("--stop", "5", "--stop", "none", "--logit-bias", '{"7": -1}', "--no-skip-special-tokens")
     assert sampling == {"stop": ["5", "none"], "logit_bias": {7: -1}, "skip_special_tokens": False}
-    assert parsed("--max-tokens", "none", "--top-p", "0.5", "--allowed-token-ids=[1]")[1] == {
+    assert parsed("--max-tokens", "none", "--top-p", "0.5", "--allowed-token-ids=1")[1] == {
         "max_tokens": None, "top_p": 0.5, "allowed_token_ids": [1],
     }  # fmt: skip
 
@@ -108,7 +108,8 @@ def test_without_a_model_the_demo_is_taken_only_inside_the_repository(tmp_path, 
 
 
 def test_answers_come_in_order_as_text_or_as_all_that_is_known(monkeypatch, capsys):
-    assert cli.main(["generate", DEMO, *EXACT, "--chat", "what is 2 + 3?", "--max-tokens", "20", "what is 4 + 5?"]) == 0
+    asking = ["generate", DEMO, *EXACT, "--chat", "what is 2 + 3?"]
+    assert cli.main([*asking, "--max-tokens", "20", "--", "what is 4 + 5?"]) == 0
     assert capsys.readouterr().out == "2 + 3 = 5.\n4 + 5 = 9.\n"
     give_input(monkeypatch, "The primes\n\n1, 2, 3\n")
     assert cli.main(["generate", DEMO, *EXACT, "--max-tokens", "5", "--json"]) == 0
@@ -236,10 +237,10 @@ def test_in_a_pipe_whose_reader_has_gone_nothing_is_complained_of():
 def test_run_batch_hands_its_arguments_on(monkeypatch, capsys):
     def run(*arguments, **options):
         calls.append((arguments, options))
-        return dict.fromkeys(counts, 1) | {"exit_code": 3, "unreadable": {"a": "it broke off"}}
+        return {"exit_code": 3, "answered": 5, "failed": 1, "unreadable": {"a": "torn"}, **counts}
 
-    counts = "answered", "failed", "seconds", "prompt_tokens", "output_tokens", "output_tokens_per_second"
-    calls = []
+    calls, names = [], ("seconds", "prompt_tokens", "output_tokens", "output_tokens_per_second")
+    counts = dict.fromkeys(names, 2)
     monkeypatch.setattr(batch, "run", run)
     files = ["run-batch", "-i", "a", "b", "-i", "c", "-o", "out", "--model", "m"]
     assert cli.main(files) == 3
@@ -248,8 +249,8 @@ def test_run_batch_hands_its_arguments_on(monkeypatch, capsys):
     plain = {"defaults": {}, "in_order": False, "force": False, "summary": None, "ray": None}
     asked = {"defaults": {"top_k": 5}, "in_order": True, "force": True, "summary": "s", "ray": "auto", "seed": 7}
     assert calls == [((["a", "b", "c"], "out", "m"), plain | rest), ((["a", "b", "c"], "out", "m"), asked | rest)]
-
-    assert "a could not be read to its end: it broke off" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "5 requests are answered, 1 have errors" in error and "a could not be read to its end: torn" in error
 
     def refuse(*arguments, **options):
         raise batch.BatchError("no room")
