@@ -213,9 +213,9 @@ class Replica:
 
     def serve(self) -> None:
         cache = self._config.num_kvcache_blocks, self._config.kvcache_block_size
-        self._connection.send(Ready(*cache, self._loop.stats()))
-        threading.Thread(target=self._send, daemon=True).start()
-        with suppress(EOFError, OSError):
+        with suppress(EOFError, OSError):  # there is no parent any more, or it has closed the connection
+            self._connection.send(Ready(*cache, self._loop.stats()))
+            threading.Thread(target=self._send, daemon=True).start()
             while True:
                 orders, seqs = self._connection.recv(), []
                 for pickled, seq_ids in orders.works:
@@ -229,7 +229,7 @@ class Replica:
         self._loop.end()
 
     def _send(self) -> None:
-        with suppress(OSError):  # there is no parent any more, or it does not listen
+        with suppress(OSError):
             while True:
                 self._connection.send(self._loop.reports.get())
 
@@ -263,7 +263,8 @@ def main(connection: Connection, config: Config, num_threads: int) -> None:
     try:
         replica = Replica(connection, config)
     except BaseException as error:
-        connection.send(PackedError.of(error))
+        with suppress(OSError):
+            connection.send(PackedError.of(error))
     else:
         replica.serve()
     os._exit(0)

@@ -8,14 +8,16 @@ import sys
 import threading
 import time
 import types
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from helpers import DEMO_MODEL, ROOT, default_interrupts, random_prompts, save_model
+from helpers import DEMO_MODEL, ROOT, default_interrupts, make_config, random_prompts, save_model
 from nanovllm import LLM, BeamSearchParams, GenerationError, SamplingParams
+from nanovllm.config import check_parallel_size
 from nanovllm.engine import replica_process
 from nanovllm.utils import device
 
@@ -322,8 +324,11 @@ def test_requests_of_replicas_that_are_killed_run_again(one):
 
 def test_streams_go_on_where_they_were_when_a_replica_is_killed(one):
     prompts = [f"Tell me about {i}" for i in range(5)]
-    params = [SamplingParams(max_tokens=200, ignore_eos=True, seed=i, stop=["@", "zq"], min_tokens=9) for i in range(5)]
+    params = [SamplingParams(max_tokens=200, ignore_eos=True, seed=i) for i in range(5)]
+    beginnings = [output["text"][:5] for output in generate(one, prompts, params)]  # no stop before `min_tokens`
+    params = [replace(p, stop=[text], min_tokens=15) for p, text in zip(params, beginnings, strict=True)]
     expected = generate(one, prompts, params)
+    assert all(output["text"].startswith(text) for output, text in zip(expected, beginnings, strict=True))
     pieces = []
     with start() as llm:
         for piece in llm.generate_stream(prompts, params):
@@ -437,6 +442,13 @@ def test_each_replica_sees_only_its_own_gpus(monkeypatch, before):
             seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
     assert seen == (["4,5", "GPU-a,GPU-b"] if before else ["0,1", "2,3"])
+
+
+def test_too_few_gpus_are_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    check_parallel_size(1, 3, make_config(), torch.device("cuda"))
+    with pytest.raises(ValueError, match="data_parallel_size=2 needs 4 GPUs; this machine has 3"):
+        check_parallel_size(2, 2, make_config(), torch.device("cuda"))
 
 
 def test_cpus_are_shared_by_whole_cores(monkeypatch):
