@@ -55,9 +55,7 @@ class Work(NamedTuple):
 class Orders(NamedTuple):
     """What a replica is sent."""
 
-    works: list[
-        tuple[bytes, list[int]]
-    ]  # each pickled by itself, since only it fails if it cannot be read, and its ids
+    works: list[tuple[bytes, list[int]]]  # each pickled by itself, so that no other fails with it, and its ids
     aborted: list[int]  # ids of sequences that nobody waits for any more
 
 
