@@ -2,8 +2,10 @@
 
 import json
 import re
+import reprlib
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from nanovllm.layers.attention import BACKENDS
 from nanovllm.layers.rotary_embedding import rope_settings
 from nanovllm.models import MODELS
-from nanovllm.utils.checks import check_bool, check_choice, check_float, check_int, nearest_name
+from nanovllm.utils.checks import check_bool, check_choice, check_float, check_int, nearest_name, reading
 from nanovllm.utils.device import default_batched_tokens, resolve_device, suitable_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,8 +42,13 @@ VLLM_SETTINGS = {
     "disable_log_stats": "nothing is logged but to the logger 'nanovllm'",
     "distributed_executor_backend": "tensor_parallel_size starts processes on this machine",
     "pipeline_parallel_size": "use tensor_parallel_size",
-    "data_parallel_size": "use tensor_parallel_size, or an LLM in each of several processes",
 }
+
+
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "vocab_size",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -49,21 +56,25 @@ class Config:
     """Settings of an engine; the README explains each. TypeError or ValueError if one is wrong for model or device."""
 
     model: str  # a Hugging Face checkpoint directory, or an `owner/name` id of the hub
-    max_num_batched_tokens: int | None = None  # most in a prefill step, else chunks; None: `default_batched_tokens`
+    # Most tokens of a prefill step, a longer prompt is computed in chunks; None: 16384, on a CPU 1024.
+    max_num_batched_tokens: int | None = None
     max_num_seqs: int = 512  # most sequences that run at the same time
     max_model_len: int = 4096  # most tokens of a sequence, prompt included; lowered to what the model supports
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory to use, in (0, 1]
     tensor_parallel_size: int = 1  # processes that share the model, 1 to 8; on CUDA each has a GPU
+    # Replicas of the model that share the requests, 1 to 64: processes, each with its GPUs or its share of the cores.
+    data_parallel_size: int = 1
     worker_timeout: float = 60.0  # seconds without progress in a step, after which a tensor-parallel rank hangs
     enforce_eager: bool = False  # no CUDA graphs or recordings for decode
-    # Tokens per block of the KV cache, also the unit of prefix caching; None: `layers.attention` knows what is fast.
+    # Tokens per block of the KV cache, also the unit of prefix caching; None: what the attention backend is fast with.
     kvcache_block_size: int | None = None
-    num_kvcache_blocks: int = -1  # -1 fills the memory budget: see `utils.device.default_cache_bytes`
+    num_kvcache_blocks: int = -1  # of the KV cache; -1: as many as the memory budget holds
     hf_config: PretrainedConfig | None = None  # read from the checkpoint by default
     eos: int | Sequence[int] | None = None  # ids that end a completion; read from the checkpoint by default
-    dtype: str | torch.dtype = "auto"  # the checkpoint's, or what the device is fast in; or one of `DTYPES`
+    # The checkpoint's, or what the device is fast in; or "float32", "bfloat16" or "float16".
+    dtype: str | torch.dtype = "auto"
     device: str | torch.device = "auto"  # CUDA if there is one; or "cpu" or "cuda"
-    attention_backend: str = "auto"  # the first that works here; or one of `layers.attention.BACKENDS`
+    attention_backend: str = "auto"  # the first that works here; or flash_attn, triton, torch_varlen or cpu
     load_format: str = "auto"  # safetensors; or "dummy": random weights, for benchmarks
     quantization: str | None = None  # "int8": weights in 8 bits, each output channel with a scale (CPU only)
     seed: int = 0  # of the sampling and of dummy weights
@@ -80,8 +91,9 @@ class Config:
         if self.hf_config is None:
             self.hf_config = read_hf_config(self.model_path)
         self.architecture = supported_architecture(self.hf_config.architectures, self.model_path)
-        check_parallel_size(self.tensor_parallel_size, self.hf_config, self.device)
-        self.max_model_len = min(self.max_model_len, max_position(self.hf_config))
+        check_parallel_size(self.tensor_parallel_size, self.data_parallel_size, self.hf_config, self.device)
+        with reading(self.model_path / "config.json"):
+            self.max_model_len = min(self.max_model_len, max_position(self.hf_config))
         name = str(self.dtype).removeprefix("torch.")
         if name != "auto":
             self.dtype = DTYPES[name]
@@ -89,8 +101,11 @@ class Config:
             stored = getattr(self.hf_config, "dtype" if hasattr(self.hf_config, "dtype") else "torch_dtype", None)
             stored = DTYPES.get(str(stored).removeprefix("torch."), torch.bfloat16)
             self.dtype = suitable_dtype(stored, self.device)
-        eos = self._read_eos() if self.eos is None else self.eos
-        self.eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos)
+        with reading(self.model_path / "generation_config.json") if self.eos is None else nullcontext():
+            eos = self._read_eos() if self.eos is None else self.eos
+            self.eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos)
+            for token_id in self.eos_token_ids:
+                check_int("eos", token_id)
 
     def _check_ranges(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len"):
@@ -98,6 +113,7 @@ class Config:
         if self.kvcache_block_size is not None:
             check_int("kvcache_block_size", self.kvcache_block_size, 1)
         check_int("tensor_parallel_size", self.tensor_parallel_size, 1, 8)
+        check_int("data_parallel_size", self.data_parallel_size, 1, 64)
         check_int("seed", self.seed)
         check_int("num_kvcache_blocks", self.num_kvcache_blocks, -1)
         if self.num_kvcache_blocks == 0:
@@ -171,23 +187,30 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} is damaged: it has {reprlib.repr(raw)} instead of an object")
     supported_architecture(raw.get("architectures"), path)  # before transformers, which may not know it either
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+        with reading(file):
+            method = raw["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"{path} is quantised ({method}), which is not supported; use the unquantised checkpoint")
-    return AutoConfig.from_pretrained(path)
+    with reading(file):
+        hf_config = AutoConfig.from_pretrained(path)
+        for name in SIZES:
+            check_int(name, getattr(hf_config, name), 1, 2**31 - 1)
+        return hf_config
 
 
 def supported_architecture(architectures: list[str] | None, path: Path) -> str:
     """The first of a checkpoint's architectures that there is a model for; ValueError if there is none."""
-    for name in architectures or []:
-        if name in MODELS:
+    for name in architectures if isinstance(architectures, list) else []:
+        if isinstance(name, str) and name in MODELS:
             return name
     raise ValueError(f"{path} is a model of architecture {architectures}; supported are {sorted(MODELS)}")
 
 
-def check_parallel_size(size: int, hf_config: PretrainedConfig, device: torch.device) -> None:
-    """Raises ValueError unless a model can be split over `size` ranks, and there is a GPU for each if it is to be one.
+def check_parallel_size(size: int, num_replicas: int, hf_config: PretrainedConfig, device: torch.device) -> None:
+    """Raises ValueError unless a model can be split over `size` ranks, and each of all replicas has a GPU if on any.
 
     KV heads may be fewer than the ranks, several of which then hold the same one.
     """
@@ -198,9 +221,11 @@ def check_parallel_size(size: int, hf_config: PretrainedConfig, device: torch.de
             f"tensor_parallel_size={size} does not divide the model's num_attention_heads={heads}, "
             f"num_key_value_heads={kv_heads} (or the reverse) and intermediate_size={width}; use one of {fitting}"
         )
-    num_gpus = torch.cuda.device_count()
-    if size > 1 and device.type == "cuda" and num_gpus < size:
-        raise ValueError(f"tensor_parallel_size={size} needs as many GPUs; this machine has {num_gpus}")
+    num_gpus, needed = torch.cuda.device_count(), size * num_replicas
+    if needed > 1 and device.type == "cuda" and num_gpus < needed:
+        sizes = [f"tensor_parallel_size={size}"] + [f"data_parallel_size={num_replicas}"] * (num_replicas > 1)
+        how_many = f"{needed} GPUs" if num_replicas > 1 else "as many GPUs"
+        raise ValueError(f"{' and '.join(sizes)} needs {how_many}; this machine has {num_gpus}")
 
 
 def max_position(hf_config: PretrainedConfig) -> int:

@@ -114,9 +114,10 @@ class LLM(LLMEngine):
             `beam_width` of them, best first, under `outputs`.
 
         Raises:
-            TypeError, ValueError: See `generate`; also when `beam_width` exceeds `max_num_seqs`.
+            TypeError, ValueError: See `generate`; also when `beam_width` exceeds `max_num_seqs`, or with
+                `data_parallel_size` above 1.
         """
-        self._check_open()
+        self._check_single("beam_search")
         return beam_search(self, prompts, params, use_tqdm)
 
     def default_sampling_params(self) -> SamplingParams:

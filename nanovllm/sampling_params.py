@@ -42,12 +42,11 @@ class SamplingParams:
     include_stop_str_in_output: bool = False  # keep the text of what stopped the completion at its end
     min_tokens: int = 0  # no end of sequence and no stop before this many tokens
     # Report the log-probability of each token and of this many most likely ones (-1 is all), of the model's own
-    # distribution, before anything above changed it. With `prompt_logprobs` no prefix is taken from the cache.
+    # distribution, before anything above changed it.
     logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    truncate_prompt_tokens: int | None = (
-        None  # keep only so many tokens of the prompt, its last; -1: what the model takes
-    )
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens; no prefix is taken from the cache then
+    # Keep only so many tokens of the prompt, its last; -1: what the model takes.
+    truncate_prompt_tokens: int | None = None
     logit_bias: dict[int, float] | None = None  # token id -> what to add to its logit, in [-100, 100]
     bad_words: Sequence[str] | None = None  # texts that the completion must not contain, as sequences of tokens
     allowed_token_ids: Sequence[int] | None = None  # sample only these tokens

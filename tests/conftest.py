@@ -8,6 +8,7 @@ import torch
 SLOW_FILES = {
     "test_attention_compiled.py",
     "test_ray.py",
+    "test_replicas.py",
     "test_start_up_compiles.py",
     "test_tensor_parallel.py",
     "test_workers.py",
@@ -19,6 +20,11 @@ SLOW_NAMES = (
     "no_batch_compiles_anything",
     "killed_at_any_moment",
     "memory_does_not_grow",
+    "outlives_one",
+    "no_port_is_open_beyond",
+    "no_port_is_open_for",
+    "in_a_terminal",
+    "in_a_pipe",
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

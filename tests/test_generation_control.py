@@ -430,6 +430,11 @@ def test_max_tokens_none_goes_to_the_models_length(llm):
         ({"presence_penalty": 3.0}, ValueError, "presence_penalty"),
         ({"frequency_penalty": -2.1}, ValueError, "frequency_penalty"),
         ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, ValueError, "repetition_penalty"),  # with which logits would overflow
+        ({"temperature": 10**400}, ValueError, "temperature"),
+        ({"top_k": 2**63}, ValueError, "top_k must fit into 64 bits"),
+        ({"logit_bias": {2**63: 1.0}}, TypeError, "logit_bias"),
+        ({"stop_token_ids": [2**63]}, TypeError, "stop_token_ids"),
         ({"n": 0}, ValueError, "n must be"),
         ({"n": 2, "temperature": 0}, ValueError, "n=2"),
         ({"seed": 1.5}, TypeError, "seed"),

@@ -126,7 +126,7 @@ def replica_resources(settings: dict[str, object], max_replicas: int | None = No
     """
     device, nodes = str(settings.get("device", "auto")), _nodes()
     if device == "cuda" or (device == "auto" and any(node.get("GPU") for node in nodes)):
-        return {"num_gpus": settings.get("tensor_parallel_size", 1)}
+        return {"num_gpus": settings.get("tensor_parallel_size", 1) * settings.get("data_parallel_size", 1)}
     cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1] or [1]
     return {"num_cpus": max(1, min(min(cpus), sum(cpus) // (max_replicas or 1)))}
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from nanovllm.engine.call_loop import News
 from nanovllm.engine.detokenizer import decode
-from nanovllm.engine.engine_loop import News
 from nanovllm.engine.inputs import Prompts, as_list
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import BeamHypothesis, BeamOutput

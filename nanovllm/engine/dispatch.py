@@ -1,21 +1,25 @@
 """Which of several replicas of a model gets a request. Knows nothing of what replicas are, or how they are reached.
 
-Requests are handed out late: a replica gets more only while less than `capacity` tokens of it are outstanding. So those
-that are fast, or that drew short requests, take more of them, and at the end all finish within one such amount of work.
+Requests are handed out late: a replica gets more only while less than `capacity` tokens of it are outstanding, and
+while it has room by what it says itself. So those that are fast, or that drew short requests, take more of them, and at
+the end all finish within one such amount of work.
 """
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 REMEMBERED_PREFIXES = 100_000
-TOLERATED_LOAD = 0.1  # of the capacity, by which a replica that has computed the prefix may be busier than the idlest
+TOLERATED_LOAD = 0.1  # share by which a replica that has computed the prefix may be busier than the idlest
+TOLERATED_ROOM = -0.5  # down to which it may be given more than it has room for, or few would go where their prefix is
 
 
 @dataclass(slots=True)
 class _Load:
     num_tokens: float = 0.0  # of what it was given and has not finished
+    room: float = math.inf
     requests: dict[Hashable, float] = field(default_factory=dict)  # their tokens, by key, oldest first
 
 
@@ -28,7 +32,7 @@ class Dispatcher:
         capacity: Tokens outstanding, prompts' and expected ones, with which a replica gets no more requests.
     """
 
-    def __init__(self, capacity: float):
+    def __init__(self, capacity: float = math.inf):
         self.capacity = capacity
         self._loads: dict[Hashable, _Load] = {}
         self._replica_of: dict[Hashable, Hashable] = {}  # of each unfinished request
@@ -36,6 +40,10 @@ class Dispatcher:
         self._serials: dict[Hashable, int] = {}  # of the entry that counts
         self._next_serial = 0
         self._prefixes: OrderedDict[Hashable, Hashable] = OrderedDict()  # who computed them last; least recent first
+
+    def __contains__(self, replica: Hashable) -> bool:
+        """Whether a replica was added, and not removed."""
+        return replica in self._loads
 
     def __len__(self) -> int:
         """How many requests are unfinished."""
@@ -71,9 +79,15 @@ class Dispatcher:
             return None
         least, _, idlest = self._heap[0]
         known = self._loads.get(self._prefixes.get(prefix)) if prefix is not None else None
-        if known and known.num_tokens < min(self.capacity, least + TOLERATED_LOAD * self.capacity):
+        most = min(self.capacity, (1 + TOLERATED_LOAD) * least)
+        if known and known.num_tokens < most and known.room > TOLERATED_ROOM:
             return self._prefixes[prefix]
         return idlest
+
+    def set_room(self, replica: Hashable, room: float) -> None:
+        """How much more a replica says that it can take, 1 if nothing waits there; it is full at 0 and below."""
+        self._loads[replica].room = room
+        self._enter(replica)
 
     def give(self, replica: Hashable, key: Hashable, num_tokens: float, prefix: Hashable | None = None) -> None:
         """Records that a request with `num_tokens`, of its prompt and expected, went to a replica."""
@@ -103,4 +117,8 @@ class Dispatcher:
     def _enter(self, replica: Hashable) -> None:
         self._next_serial += 1
         self._serials[replica] = self._next_serial
-        heapq.heappush(self._heap, (self._loads[replica].num_tokens, self._next_serial, replica))
+        if self._loads[replica].room > 0:
+            heapq.heappush(self._heap, (self._loads[replica].num_tokens, self._next_serial, replica))
+        if len(self._heap) > 4 * len(self._loads) + 100:  # mostly former loads, higher than anybody looks
+            self._heap = [entry for entry in self._heap if self._serials.get(entry[2]) == entry[1]]
+            heapq.heapify(self._heap)

@@ -1,101 +1,37 @@
 """The thread that runs the steps: the only one that touches the scheduler, the blocks and the model.
 
-Whoever calls the engine, from whatever thread, hands it jobs, which it does between two steps, and hears of its
-sequences through a queue. So calls that overlap run in the same batches; and a Ctrl-C, which Python raises in the main
-thread, never meets a step half done. Knows nothing of prompts, and of texts only that they may end a sequence.
+Between two steps it does the callers' jobs, so calls that overlap run in the same batches. Knows nothing of prompts,
+and of texts only that they may end a sequence.
 """
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
-from functools import partial
-from queue import Empty, SimpleQueue
+from queue import Empty
 from time import perf_counter
 
+from nanovllm.engine.call_loop import CallLoop, News
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 
-News = SimpleQueue  # from the engine's thread to one caller: what its watchers put there, or the error of a step
 NUM_BUCKETS = 17  # of step times: under 1, 2, 4, ... milliseconds, and one for those of half a minute and more
-POLL_SECONDS = 0.2  # in which somebody who waits notices that the thread has ended
 
 
-class EngineLoop:
+class EngineLoop(CallLoop):
     """Steps by itself while a call is open, see `open_call`; otherwise only as a job."""
 
     def __init__(self, model_runner: ModelRunner, scheduler: Scheduler):
         self.model_runner, self.scheduler = model_runner, scheduler
-        self.failure: str | None = None  # why no step can run any more
         self.num_tokens, self.seconds = {True: 0, False: 0}, {True: 0.0, False: 0.0}  # so far, by whether in a prefill
         self.step_times = [0] * NUM_BUCKETS  # how many steps took so long
-        self._calls: set[News] = set()
-        self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="nanovllm engine", daemon=True)
-        self._thread.start()
+        super().__init__("nanovllm engine")
 
-    # ---- for other threads
+    def is_finished(self) -> bool:
+        """Whether nothing is waiting or running. In the thread."""
+        return self.scheduler.is_finished()
 
     @property
-    def is_this_thread(self) -> bool:
-        return threading.current_thread() is self._thread
-
-    def do(self, job: Callable[..., object], *args: object) -> object:
-        """Has `job` done between two steps, waits, and returns or raises what it does."""
-        future: Future[object] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(job(*args))
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._jobs.put(run)
-        if self.is_this_thread:  # a finalizer that the garbage collector happens to run here: its time will come
-            return None
-        while True:
-            try:
-                return future.result(POLL_SECONDS)
-            except FutureTimeoutError:
-                if future.done():
-                    raise
-                self.check_alive()
-
-    def open_call(self, news: News) -> None:
-        """The engine steps by itself from now on, until `close_call`, or until a step fails: its error then comes."""
-        self._jobs.put(partial(self._calls.add, news))
-
-    def close_call(self, news: News, is_done: bool) -> None:
-        """Ends what is left of a call, if it `is_done` nothing; waits for that, at most as long as a step takes."""
-        if is_done:
-            self._jobs.put(partial(self._calls.discard, news))
-        else:
-            self.do(self._close_call, news)
-
-    def abort(self, seqs: list[Sequence]) -> bool:
-        """Ends those of the sequences that are unfinished; returns whether there were any."""
-        return self.do(self._abort, seqs)
-
-    def add(self, seqs: list[Sequence], news: News | None = None) -> None:
-        """Queues sequences of a call, unless a step's error has closed it; or of none, which run beside others."""
-        self._jobs.put(partial(self._add, seqs, news))
-
-    def next_news(self, news: News, timeout: float | None = None) -> object | None:
-        """What comes next to a call, None if nothing has after `timeout` seconds; raises what the step has."""
-        wait = POLL_SECONDS if timeout is None else timeout
-        while True:
-            try:
-                item = news.get(timeout=wait)
-            except Empty:
-                self.check_alive()
-                if timeout is not None:
-                    return None
-            else:
-                if isinstance(item, BaseException):
-                    raise item
-                return item
+    def output_ratio(self) -> float:
+        return self.scheduler.output_ratio
 
     def stats(self) -> dict[str, int | float | list[int]]:
         """What `LLM.stats` says, as numbers that may be added up over engines. Takes the same time whatever runs."""
@@ -117,18 +53,6 @@ class EngineLoop:
             "decode_seconds": self.seconds[False],
             "step_times": list(self.step_times),
         }
-
-    def check_alive(self) -> None:
-        """Raises RuntimeError if no step will run any more."""
-        if not self._thread.is_alive():
-            reason = "exit()" if self.failure is None else f"a failure: {self.failure}"
-            raise RuntimeError(f"this LLM was closed by {reason}; make a new one")
-
-    def end(self) -> None:
-        """Ends the thread after the step that is running, and gives the model's memory back. Idempotent."""
-        self._jobs.put(None)
-        if not self.is_this_thread:
-            self._thread.join()
 
     # ---- in the thread
 

@@ -16,12 +16,14 @@ from xxhash import xxh64_intdigest
 from nanovllm.config import Config, known_fields
 from nanovllm.engine import inputs
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.call_loop import CallLoop, News
 from nanovllm.engine.detokenizer import TextStream
-from nanovllm.engine.engine_loop import EngineLoop, News
+from nanovllm.engine.engine_loop import EngineLoop
 from nanovllm.engine.inputs import Params, Prompt, Prompts
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.parallel_runner import ParallelRunner
 from nanovllm.engine.progress import Progress
+from nanovllm.engine.replicas import ReplicaLoop
 from nanovllm.engine.request import Request, error_text
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -41,7 +43,7 @@ class LLMEngine:
 
     Raises:
         TypeError, ValueError: See `Config`; also when the checkpoint is damaged or the memory is too small.
-        RuntimeError: A process of `tensor_parallel_size` failed, or may not be started here.
+        RuntimeError: A process of `tensor_parallel_size` or `data_parallel_size` failed, or may not be started here.
     """
 
     def __init__(self, model: str, **kwargs):
@@ -50,10 +52,13 @@ class LLMEngine:
         self.tokenizer = inputs.load_tokenizer(config)
         if config.eos is None and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             config.eos_token_ids |= {self.tokenizer.eos_token_id}
-        self.model_runner = ModelRunner(config) if config.tensor_parallel_size == 1 else ParallelRunner(config)
-        self.block_manager = BlockManager(config.num_kvcache_blocks, config.kvcache_block_size)
-        self.scheduler = Scheduler(self.block_manager, config.max_num_seqs, config.max_num_batched_tokens)
-        self._loop = EngineLoop(self.model_runner, self.scheduler)
+        if config.data_parallel_size > 1:
+            self._loop: CallLoop = ReplicaLoop(config)
+        else:
+            self.model_runner = ModelRunner(config) if config.tensor_parallel_size == 1 else ParallelRunner(config)
+            self.block_manager = BlockManager(config.num_kvcache_blocks, config.kvcache_block_size)
+            self.scheduler = Scheduler(self.block_manager, config.max_num_seqs, config.max_num_batched_tokens)
+            self._loop = EngineLoop(self.model_runner, self.scheduler)
         self._lock = threading.Lock()  # of what several callers would change at once: the tokenizer, the number below
         self._num_sequences = 0
         self._added: dict[int, Request] = {}  # by `add_request`, and not reported by `step` yet
@@ -84,7 +89,7 @@ class LLMEngine:
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queues one prompt, text or token ids; errors are those of `generate`. Returns the request's id."""
-        self._check_open()
+        self._check_single("add_request")
         [params] = inputs.as_params(sampling_params, 1, self.config, self.tokenizer)
         [prompt] = inputs.as_list([prompt])
         [request] = self._requests([prompt], [params], self._encode([prompt], [params]), self._ended)
@@ -105,7 +110,7 @@ class LLMEngine:
     def is_finished(self) -> bool:
         """Whether no request is waiting or running, and `step` has nothing left to report."""
         self._check_open()
-        return self._loop.do(self.scheduler.is_finished) and self._ended.empty()
+        return self._loop.do(self._loop.is_finished) and self._ended.empty()
 
     def step(self) -> tuple[list[RequestOutput], int]:
         """Runs one prefill or decode step.
@@ -113,7 +118,7 @@ class LLMEngine:
         Returns the outputs of the added requests that have ended, each with its `request_id`, and how many tokens a
         prefill step computed, or minus how many sequences a decode step advanced.
         """
-        self._check_open()
+        self._check_single("step")
         num_tokens, outputs = self._loop.do(self._loop.step), []
         while not self._ended.empty():
             request = self._ended.get()
@@ -302,6 +307,14 @@ class LLMEngine:
         if not self.is_closed:
             with suppress(KeyboardInterrupt) if is_interrupted else nullcontext():
                 self._loop.close_call(news, is_done)
+
+    def _check_single(self, name: str) -> None:
+        self._check_open()
+        if self.config.data_parallel_size > 1:
+            raise ValueError(
+                f"{name} needs an engine in this process, and data_parallel_size={self.config.data_parallel_size} has "
+                "none: use generate, generate_stream or generate_unordered, or data_parallel_size=1"
+            )
 
     def _check_open(self) -> None:
         if os.getpid() != self._process:

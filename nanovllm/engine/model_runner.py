@@ -27,6 +27,7 @@ from nanovllm.layers.sampler import sample
 from nanovllm.layers.weight import check_quantization, choose_products, pack
 from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.checks import reading
 from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, default_threads, upload
 from nanovllm.utils.loader import load_dummy, load_model
@@ -143,13 +144,15 @@ class ModelRunner:
             default_dtype = torch.get_default_dtype()
             torch.set_default_dtype(config.dtype)
             try:
-                model = MODELS[config.architecture](config.hf_config, config.max_model_len, self.tp)
+                with reading(config.model_path / "config.json"):
+                    model = MODELS[config.architecture](config.hf_config, config.max_model_len, self.tp)
             finally:
                 torch.set_default_dtype(default_dtype)
         if config.load_format == "dummy":
             load_dummy(model, config.seed, config.device, convert)
         else:
-            load_model(model, config.model_path, config.device, convert, self.tp.rank == 0, self._check_ranks)
+            shows_progress = self.tp.rank == 0 and config.data_parallel_size == 1
+            load_model(model, config.model_path, config.device, convert, shows_progress, self._check_ranks)
         return model.to(config.device).eval()
 
     def _can_capture(self, backend: AttentionBackend) -> bool:
@@ -179,7 +182,7 @@ class ModelRunner:
         block_bytes = 2 * len(self.attentions) * math.prod(backend.cache_shape(1, *layout)) * config.dtype.itemsize
         for layer in self.attentions:
             layer.backend = backend
-        num_sharing = self.tp.size if self.device.type == "cpu" else 1
+        num_sharing = self.tp.size * config.data_parallel_size if self.device.type == "cpu" else 1
         reserved = self._activation_bytes() + graph_bytes if self.device.type == "cuda" else 0
         available = available_memory(self.device, config.gpu_memory_utilization) - reserved
         # A block exists on every rank, so the one with the least memory decides; on a CPU they share one memory.

@@ -4,7 +4,7 @@ from time import perf_counter
 
 from tqdm import tqdm
 
-from nanovllm.engine.engine_loop import EngineLoop
+from nanovllm.engine.call_loop import CallLoop
 from nanovllm.engine.request import Request
 from nanovllm.sampling_params import SamplingParams
 
@@ -15,7 +15,7 @@ FORMAT = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"  # useful at 8
 class Progress:
     """Counts the prompts that are finished. How long it still takes is estimated by tokens, as prompts differ."""
 
-    def __init__(self, params: list[SamplingParams], max_len: int, loop: EngineLoop, is_shown: bool):
+    def __init__(self, params: list[SamplingParams], max_len: int, loop: CallLoop, is_shown: bool):
         self.interval = INTERVAL if is_shown else None
         self._loop = loop
         self._tokens, self._seconds = dict(loop.num_tokens), dict(loop.seconds)  # before this call
@@ -53,7 +53,7 @@ class Progress:
 
     def _time_left(self, num_decoded: int) -> str:
         """By the mean rate so far, in tokens; of `max_tokens` requests are taken to use what those before have used."""
-        expected = self._most_left * self._loop.scheduler.output_ratio - max(num_decoded - self._num_finished, 0)
+        expected = self._most_left * self._loop.output_ratio - max(num_decoded - self._num_finished, 0)
         if not num_decoded:
             return "?"
         return tqdm.format_interval(max(expected, 0) / num_decoded * (perf_counter() - self._start))

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from nanovllm.engine.engine_loop import News
+from nanovllm.engine.call_loop import News
 from nanovllm.engine.inputs import SLICE, Prompt, as_list, as_params
 from nanovllm.engine.request import Request, error_text
 from nanovllm.outputs import CompletionOutput, RequestOutput
@@ -81,7 +81,8 @@ def generate_unordered(
 def _generate(engine: "LLMEngine", prompts: Iterable, params: SamplingParams) -> Iterator[RequestOutput]:
     engine._check_open()
     loop, news = engine._loop, News()  # items from the reader, and requests that have ended
-    reader = Reader(iter(prompts), news, engine.config.max_num_seqs + 2 * SLICE)
+    most = engine.config.max_num_seqs * engine.config.data_parallel_size  # that run at the same time
+    reader = Reader(iter(prompts), news, most + 2 * SLICE)
     num_unfinished, is_read, outputs = 0, False, deque()
     try:
         loop.open_call(news)

@@ -32,9 +32,15 @@ SETTLE_SECONDS = 0.3  # between the first failure noticed and the look at who wa
 EXIT_SECONDS = 3.0  # for a worker that is killed to be gone; one that a driver holds may not go
 
 MAIN_GUARD = (
-    'A script that makes an LLM with tensor_parallel_size > 1 must do so under `if __name__ == "__main__":`, because '
-    "each further rank is a new process that imports the script."
+    "A script that makes an LLM with tensor_parallel_size or data_parallel_size > 1 must do so under "
+    '`if __name__ == "__main__":`, because each rank and each replica is a new process that imports the script.'
 )
+
+
+def check_main_guard() -> None:
+    """Raises RuntimeError if this process is itself one that is being started."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(MAIN_GUARD)
 
 
 class WorkerError(RuntimeError):
@@ -81,8 +87,7 @@ class Workers:
     """
 
     def __init__(self, size: int, timeout: float, work: Callable[..., None], *args: object):
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise RuntimeError(MAIN_GUARD)
+        check_main_guard()
         context = multiprocessing.get_context("spawn")
         self._channel = Channel(context, size - 1)
         self._processes: list[SpawnProcess] = []

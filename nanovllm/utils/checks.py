@@ -3,8 +3,10 @@
 import difflib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
+from pathlib import Path
 
 
 def check_int(name: str, value: object, low: int | None = None, high: int | None = None) -> None:
@@ -41,6 +43,17 @@ def check_choice(name: str, value: object, choices: list[str]) -> None:
 def nearest_name(name: str, names: Sequence[str]) -> str | None:
     """The one of `names` that `name` is probably a misspelling of."""
     return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.7)), None)
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Whatever errors there are in making sense of what a file says are ValueErrors that name it."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -89,6 +90,25 @@ def default_threads(num_processes: int = 1) -> int:
         cores = psutil.cpu_count(logical=False) or threads
         threads = math.ceil(min(threads, allowed, cores, cgroup.cpu_limit()))
     return max(1, threads // num_processes)
+
+
+def share_of_cpus(index: int, size: int) -> set[int]:
+    """Of the CPUs that this thread may use, those for one of `size` processes; none if there are too few.
+
+    Neighbours in the order of sockets and cores: hyperthreads of a core, which have one cache, go to one process.
+    """
+    allowed = sorted(os.sched_getaffinity(0), key=_place) if hasattr(os, "sched_getaffinity") else []
+    return set(allowed[index * len(allowed) // size : (index + 1) * len(allowed) // size])
+
+
+def _place(cpu: int) -> tuple[int, int, int]:
+    """The numbers of a CPU's socket, core and itself; of an unknown machine all are in one."""
+    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+    try:
+        socket, core = (int((topology / name).read_text()) for name in ("physical_package_id", "core_id"))
+    except (OSError, ValueError):
+        socket = core = 0
+    return socket, core, cpu
 
 
 def default_batched_tokens(device: torch.device) -> int:

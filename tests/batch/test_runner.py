@@ -7,8 +7,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import psutil
 import pytest
 import zstandard
 
@@ -254,6 +256,26 @@ def test_killed_at_any_moment_a_job_loses_nothing_and_repeats_nothing(tmp_path):
     assert run(path, output)["exit_code"] == 0
     run(path, tmp_path / "at once")
     assert len(records(output)) == 500 and texts(output) == texts(tmp_path / "at once")
+
+
+def test_a_job_of_two_replicas_outlives_one(tmp_path):
+    path, output = write(tmp_path / "in.jsonl", plain_lines(200, max_tokens=40)), tmp_path / "out"
+    killed = []
+
+    def kill_one() -> None:
+        while not output.exists() or output.read_bytes().count(b"\n") < 20:
+            time.sleep(0.01)
+        replicas = [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+        killed.append(len(replicas))
+        replicas[0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    figures = run(path, output, data_parallel_size=2)
+    killer.join()
+    assert killed == [2] and (figures["exit_code"], figures["answered"]) == (0, 200)
+    run(path, tmp_path / "alone")
+    assert texts(output) == texts(tmp_path / "alone")
 
 
 def test_a_full_disk_ends_a_job_that_goes_on_later(tmp_path):
