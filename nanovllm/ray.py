@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nanovllm.batch.lines import Item
-from nanovllm.batch.ray_backend import answer, connect, replica_resources
+from nanovllm.batch.local import answer
+from nanovllm.batch.ray_backend import connect, replica_resources
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
 
@@ -113,17 +114,17 @@ class _Stage:
         taken = sorted(set(self._new_columns) & set(batch.column_names))
         if taken:
             raise ValueError(f"the dataset has a column {taken[0]!r} already; rename it, or what is to be added")
-        items = [self._item(value) for value in batch.column(self._column).to_pylist()]
-        outputs = sorted(answer(self._llm, items), key=lambda output: output["index"])
+        items = [self._item(row, value) for row, value in enumerate(batch.column(self._column).to_pylist())]
+        outputs = [output for _, output in sorted(answer(self._llm, items), key=lambda pair: pair[0].line)]
         texts = [None if output["finish_reason"] == "error" else output["text"] for output in outputs]
         columns = texts, [output["finish_reason"] for output in outputs], [output.get("error") for output in outputs]
         for name, values in zip(self._new_columns, columns, strict=True):
             batch = batch.append_column(name, pyarrow.array(values, pyarrow.string()))
         return batch
 
-    def _item(self, value: object) -> Item:
+    def _item(self, row: int, value: object) -> Item:
         if not self._is_chat:
-            return Item(0, "", self._params, prompt=value)
+            return Item(row, "", self._params, prompt=value)
         # A table's messages all have the same keys, with nulls where one was not given.
         messages = [{key: part for key, part in message.items() if part is not None} for message in value or ()]
-        return Item(0, "", self._params, messages=messages)
+        return Item(row, "", self._params, messages=messages)

@@ -21,9 +21,10 @@ from functools import partial
 from itertools import count
 from queue import Empty, SimpleQueue
 
-from nanovllm.batch.lines import Item, LineError, prompt_of
+from nanovllm.batch.lines import Item
+from nanovllm.batch.local import answer
+from nanovllm.engine.call_loop import News
 from nanovllm.engine.dispatch import Dispatcher
-from nanovllm.engine.engine_loop import News
 from nanovllm.engine.unordered import END, Reader, failed_output
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
@@ -91,31 +92,17 @@ class _Replica:
         return answered, self._llm.stats()
 
     def _run(self) -> None:
-        numbers: dict[int, int] = {}
-
         def items() -> Iterator[Item]:
-            for i in count():
-                numbers[i], item = self._given.get()
+            while True:
+                number, item = self._given.get()
+                item.line = number  # here it only tells one from another
                 yield item
 
         try:
-            for output in answer(self._llm, items()):
-                self._answered.put((numbers.pop(output["index"]), output))
+            for item, output in answer(self._llm, items()):
+                self._answered.put((item.line, output))
         except BaseException as error:
             self._answered.put(error)
-
-
-def answer(llm: LLM, items: Iterable[Item]) -> Iterator[RequestOutput]:
-    """The items' outputs as `LLM.generate_unordered` yields them."""
-
-    def prompts() -> Iterator[object]:
-        for item in items:
-            try:
-                yield prompt_of(item, llm.tokenizer), item.params
-            except LineError as error:
-                yield error
-
-    return llm.generate_unordered(prompts())
 
 
 def replica_resources(settings: dict[str, object], max_replicas: int | None = None) -> dict[str, float]:

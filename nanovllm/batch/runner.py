@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 from nanovllm.batch.inputs import STDIN, Inputs
-from nanovllm.batch.lines import Item, LineError, answer_record, error_record, parse_line, prompt_of
+from nanovllm.batch.lines import Item, LineError, answer_record, error_record, parse_line
+from nanovllm.batch.local import LocalBackend
 from nanovllm.batch.output import Ids, Output, checkpoint_digest
 from nanovllm.batch.report import Report
 from nanovllm.config import Config, resolve_model
 from nanovllm.engine.unordered import read_ahead
-from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 
 READ_AHEAD = 1024  # lines, while the model is loaded
@@ -35,32 +35,6 @@ class Backend(Protocol):
         """As `LLM.stats`."""
 
     def close(self) -> None: ...
-
-
-class LocalBackend:
-    """An engine in this process."""
-
-    def __init__(self, model: str, settings: dict[str, object]):
-        self._llm = LLM(model, **settings)
-        self.stats, self.close = self._llm.stats, self._llm.exit
-
-    def run(self, items: Iterable[Item]) -> Iterator[tuple[Item, RequestOutput]]:
-        running: dict[int, Item] = {}
-
-        def prompts() -> Iterator:
-            for i, item in enumerate(items):
-                running[i] = item
-                try:
-                    yield prompt_of(item, self._llm.tokenizer), item.params
-                except LineError as error:
-                    yield error
-
-        try:
-            for output in self._llm.generate_unordered(prompts()):
-                yield running.pop(output.index), output
-        except KeyboardInterrupt as interrupt:
-            interrupt.outputs = [(running.pop(output.index), output) for output in interrupt.outputs]
-            raise
 
 
 class _Job:
