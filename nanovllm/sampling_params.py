@@ -98,13 +98,13 @@ class SamplingParams:
 
     def _freeze(self, name: str, what: str, is_valid: Callable[[object], bool]) -> None:
         value = getattr(self, name)
-        items = () if value is None else value
-        if isinstance(items, str) or not hasattr(items, "__iter__") or not all(map(is_valid, items)):
+        if value is None:  # stays None where an empty list would mean something else, so `dataclasses.replace` works
+            return object.__setattr__(self, name, None if name == "allowed_token_ids" else ())
+        if isinstance(value, str) or not hasattr(value, "__iter__") or not all(map(is_valid, value)):
             raise TypeError(f"{name} must be a list of {what}, got {value!r}")
-        if name == "allowed_token_ids" and value is not None and not len(value):
+        if name == "allowed_token_ids" and not len(value):
             raise ValueError("allowed_token_ids must not be empty; leave it None to allow all")
-        # None stays None where an empty list would mean something else, so that `dataclasses.replace` works.
-        object.__setattr__(self, name, None if name == "allowed_token_ids" and value is None else tuple(items))
+        object.__setattr__(self, name, tuple(value))
 
     @property
     def edits_logits(self) -> bool:

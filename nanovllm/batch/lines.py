@@ -38,6 +38,7 @@ NO_OPS = {
     "modalities": [["text"]], "tool_choice": ["auto"], "functions": [[]], "function_call": ["none", "auto"],
     "use_beam_search": [False], "spaces_between_special_tokens": [True], "detokenize": [True], "priority": [0],
 }  # fmt: skip
+NO_PARAMS = SamplingParams()  # until those of a line are known
 CUSTOM_ID = re.compile(rb'\s*\{\s*"custom_id"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
@@ -82,7 +83,7 @@ def parse_line(line: bytes, number: int, defaults: dict[str, object] | None = No
     Raises:
         LineError: It is no request, or asks for what there is not; the message names the field.
     """
-    custom_id, code = _first_custom_id(line) or f"line-{number + 1}", "invalid_json"
+    custom_id, code = None, "invalid_json"
     try:
         request = _decode(line)
         require(isinstance(request, dict), "the line must be a JSON object")
@@ -93,11 +94,12 @@ def parse_line(line: bytes, number: int, defaults: dict[str, object] | None = No
             custom_id = given
         _check_texts(line, request)
         url, body = _unwrap(request)
-        return _item(url, body, number, custom_id, {"max_tokens": None} | (defaults or {}), job_seed)
-    except RecursionError:
-        raise LineError("the line is nested too deeply", custom_id, code) from None
-    except (TypeError, ValueError, OverflowError) as error:
-        raise LineError(str(error), custom_id, code) from error
+        defaults = {"max_tokens": None} | (defaults or {})
+        return _item(url, body, number, custom_id or f"line-{number + 1}", defaults, job_seed)
+    except (RecursionError, TypeError, ValueError, OverflowError) as error:
+        message = "the line is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        custom_id = custom_id or _first_custom_id(line) or f"line-{number + 1}"
+        raise LineError(message, custom_id, code) from error
 
 
 def _first_custom_id(line: bytes) -> str | None:
@@ -163,7 +165,7 @@ def _item(
     what = "messages" if url == CHAT else "prompt"
     require(what in body, f"{what} is missing" if url == CHAT else "prompt is missing, or messages for a chat")
     given = body.pop(what)
-    item = Item(number, custom_id, SamplingParams())
+    item = Item(number, custom_id, NO_PARAMS)
     if url == CHAT:
         item.messages, item.template_kwargs = _messages(given), _template_kwargs(body)
     else:

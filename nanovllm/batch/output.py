@@ -27,6 +27,7 @@ class Ids:
     """A set of any size of custom_ids, each with where it was, in a temporary file that ends with the process."""
 
     def __init__(self):
+        self._is_empty = True
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._database.execute("PRAGMA synchronous=OFF")
         self._database.execute("CREATE TABLE ids (hash BLOB PRIMARY KEY, place) WITHOUT ROWID")
@@ -34,7 +35,7 @@ class Ids:
 
     def add(self, custom_id: str, place: str | None = None) -> bool:
         """Whether it was not there yet."""
-        values = _hash(custom_id), place
+        values, self._is_empty = (_hash(custom_id), place), False
         return self._database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", values).rowcount == 1
 
     def place(self, custom_id: str) -> str | None:
@@ -42,6 +43,8 @@ class Ids:
         return row and row[0]
 
     def __contains__(self, custom_id: str) -> bool:
+        if self._is_empty:
+            return False
         return self._database.execute("SELECT 1 FROM ids WHERE hash = ?", (_hash(custom_id),)).fetchone() is not None
 
 

@@ -127,7 +127,8 @@ def _check_prompt(ids: SequenceOf[int], name: str, params: SamplingParams, confi
 
 def _check_params(p: SamplingParams, name: str, config: Config, tokenizer: PreTrainedTokenizerBase | None) -> None:
     for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-        _check_vocabulary(f"{name}.{field}", np.array(list(getattr(p, field) or ()), dtype=np.int64), config)
+        if ids := getattr(p, field):
+            _check_vocabulary(f"{name}.{field}", np.array(list(ids), dtype=np.int64), config)
     if p.stop and tokenizer is None:
         raise ValueError(f"{name}.stop needs a model with a tokenizer; use stop_token_ids")
     if p.bad_words and tokenizer is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 def check_int(name: str, value: object, low: int | None = None, high: int | None = None) -> None:
     """Raises unless `value` is an integer between `low` and `high`."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):  # the latter is slow
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if (low is not None and value < low) or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"between {low} and {high}"
@@ -22,7 +22,7 @@ def check_int(name: str, value: object, low: int | None = None, high: int | None
 
 def check_float(name: str, value: object, low: float, high: float = math.inf, open_low: bool = False) -> None:
     """Raises unless `value` is a finite number between `low` (excluded if `open_low`) and `high`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not low <= value <= min(high, sys.float_info.max) or (open_low and value == low):
         above = f"above {low}" if open_low else f"at least {low}"
