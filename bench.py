@@ -485,19 +485,17 @@ def bookkeeping(args: argparse.Namespace, is_steady: bool) -> np.ndarray:
     steps: list[tuple[float, float, float, int]] = []
     while len(steps) < args.num_steps:
         start = perf_counter()
-        seqs, is_prefill = scheduler.schedule()
+        seqs = scheduler.schedule()
         scheduled = perf_counter()
-        if is_prefill:
-            builder.prefill(seqs)
-        else:
-            batch = builder.decode(seqs)
-            make_inputs(batch, device)
-            upload([batch.temperatures, batch.uniforms], device)
+        batch = builder.build(seqs)
+        make_inputs(batch, device)
+        upload([batch.temperatures, batch.uniforms], device)
         built = perf_counter()
-        token_ids = [rng.randint(0, MAX_TOKEN_ID) for _ in seqs]
+        counts = [1] * len(seqs) if batch.num_sampled is None else batch.num_sampled.tolist()
+        token_ids = [[rng.randint(0, MAX_TOKEN_ID)] * count for count in counts]
         sampled = perf_counter()
         scheduler.postprocess(seqs, token_ids)
-        if not is_prefill:
+        if scheduler.num_decode_tokens == num_seqs or (not is_steady and scheduler.num_decode_tokens):
             seconds = scheduled - start, built - scheduled, perf_counter() - sampled
             steps.append((*seconds, len(pickle.dumps(codec.encode(batch), 5))))
         for seq in scheduler.finished:  # another one takes its place

@@ -22,6 +22,7 @@ from nanovllm.utils.device import default_batched_tokens, resolve_device, suitab
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+MAX_GUESSING = 512  # tokens of a step that computes guesses: with more every device is busy
 GGUF_ADVICE = "GGUF is llama.cpp's format: pass the Hugging Face checkpoint (safetensors) that it was made from"
 # What vLLM's settings are here.
 VLLM_SETTINGS = {
@@ -77,6 +78,9 @@ class Config:
     attention_backend: str = "auto"  # the first that works here; or flash_attn, triton, torch_varlen or cpu
     load_format: str = "auto"  # safetensors; or "dummy": random weights, for benchmarks
     quantization: str | None = None  # "int8": weights in 8 bits, each output channel with a scale (CPU only)
+    # Most tokens to guess of a sequence by what came before, which are checked in one step; 0: none. Faster where texts
+    # repeat themselves or the prompt, and the same.
+    speculative_tokens: int = 0
     seed: int = 0  # of the sampling and of dummy weights
     model_path: Path = field(init=False)
     architecture: str = field(init=False)
@@ -107,6 +111,12 @@ class Config:
             for token_id in self.eos_token_ids:
                 check_int("eos", token_id)
 
+    @property
+    def max_decode_tokens(self) -> int:
+        """Most tokens of a step in which all sequences decode, with their guesses."""
+        most = max(self.max_num_seqs, min(self.max_num_batched_tokens, MAX_GUESSING))
+        return min(self.max_num_seqs * (1 + self.speculative_tokens), most)
+
     def _check_ranges(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len"):
             check_int(name, getattr(self, name), 1)
@@ -115,6 +125,7 @@ class Config:
         check_int("tensor_parallel_size", self.tensor_parallel_size, 1, 8)
         check_int("data_parallel_size", self.data_parallel_size, 1, 64)
         check_int("seed", self.seed)
+        check_int("speculative_tokens", self.speculative_tokens, 0, 64)
         check_int("num_kvcache_blocks", self.num_kvcache_blocks, -1)
         if self.num_kvcache_blocks == 0:
             raise ValueError("num_kvcache_blocks must be positive, or -1 to fill the memory budget, got 0")

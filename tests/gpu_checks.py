@@ -160,7 +160,7 @@ def attention_accuracy() -> Iterator[Seen]:
                 tables = context.block_tables if prefix else None
                 cut = [torch.cat([x[s] for x, s in zip(part, new, strict=True)]) for part in (queries, keys, values)]
                 lens_k = context.context_lens
-                prefill = Context(True, *bounds, max(lens_q), max(lens), torch.cat(slots), lens_k, tables)
+                prefill = Context(*bounds, max(lens_q), max(lens), lens_k, tables)
                 out = backend.prefill(*cut, *caches, prefill)
                 truth = torch.cat(
                     [reference(q[s], k, v) for q, k, v, s in zip(queries, keys, values, new, strict=True)]
@@ -310,7 +310,7 @@ def large_cache() -> Iterator[Seen]:
         shape = backend.cache_shape(num_blocks, 256, KH, D)
         caches = [torch.zeros(shape, dtype=torch.bfloat16, device=CUDA) for _ in range(2)]
         backend.store(k, v, *caches, slots)
-        prefill = Context(True, bounds, bounds, 300, 300, slots, lens, tables)
+        prefill = Context(bounds, bounds, 300, 300, lens, tables)
         decode = Context(context_lens=lens, block_tables=tables, max_seqlen_k=300)
         error = (backend.prefill(q, k, v, *caches, prefill).float() - truth).abs().max()
         error = max(error, (backend.decode(q[-1:], *caches, decode).float() - truth[-1:]).abs().max()).item()

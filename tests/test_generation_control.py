@@ -257,16 +257,14 @@ def test_n_completions_share_the_prompts_blocks_and_differ(llm):
     [prompt] = prompts_for(llm, [3 * BLOCK + 5], seed=50)
     computed = []
     run = llm.model_runner.run
-    llm.model_runner.run = lambda seqs, is_prefill: (
-        computed.append((is_prefill, sum(seq.num_scheduled_tokens for seq in seqs))) or run(seqs, is_prefill)
-    )
+    llm.model_runner.run = lambda seqs: computed.append([seq.num_scheduled_tokens for seq in seqs]) or run(seqs)
     try:
         params = SamplingParams(n=5, temperature=1.5, max_tokens=10, ignore_eos=True)
         [output] = generate(llm, [prompt], params)
     finally:
         del llm.model_runner.run
-    prefills = [n for is_prefill, n in computed if is_prefill]
-    assert prefills == [3 * BLOCK + 5, 4]  # the prompt once, and its last token for each further completion
+    # The prompt once, then its last token for each further completion, beside the first one's second token.
+    assert computed[:2] == [[3 * BLOCK + 5], [1] * 5]
     tokens = [tuple(completion["token_ids"]) for completion in output["outputs"]]
     assert len(set(tokens)) == 5
     assert output["token_ids"] == list(tokens[0])

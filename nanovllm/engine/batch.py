@@ -1,9 +1,9 @@
 """Turns the sequences of a step into the arrays that the model runner needs, without a Python object per token.
 
-Legend: T tokens in the step, S sequences, B block-table columns.
+Legend: T tokens in the step, D and C sequences, B block-table columns, R tokens to sample.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -13,95 +13,114 @@ from nanovllm.engine.sequence import Sequence
 
 @dataclass(slots=True)
 class Batch:
-    """One step's work, as NumPy arrays."""
+    """One step's work, as NumPy arrays: first D tokens that are their sequences' last or drafts, then C chunks."""
 
-    is_prefill: bool
     input_ids: np.ndarray  # [T] int64
     positions: np.ndarray  # [T] int64
     slot_mapping: np.ndarray  # [T] int64, where each token's key and value go: block_id * block_size + offset
-    context_lens: np.ndarray  # [S] int32, tokens that a sequence's last query sees, itself included
-    cu_seqlens_q: np.ndarray | None = None  # [S + 1] int32, prefill only
-    block_tables: np.ndarray | None = None  # [S, B] int32, None for a prefill without any cached prefix
-    temperatures: np.ndarray | None = None  # [S] float32, None if all are greedy
-    uniforms: np.ndarray | None = None  # [S] float64 in [0, 1), one draw per sequence, None if all are greedy
-    rows_with_options: list[int] = field(default_factory=list)  # sequences that ask for more than a temperature
-    seq_ids: list[int] | None = None  # decode only
+    context_lens: np.ndarray  # [D + C] int32, tokens that a row's last query sees, itself included
+    cu_seqlens_q: np.ndarray | None = None  # [C + 1] int32, bounds of the chunks after the D tokens; None if C is 0
+    block_tables: np.ndarray | None = None  # [D + C, B] int32, None for chunks alone without any cached prefix
+    logit_rows: np.ndarray | None = None  # [R] int64, tokens after which one is sampled; None: all
+    num_sampled: np.ndarray | None = None  # [S] of these R for each sequence, None: one
+    temperatures: np.ndarray | None = None  # [R] float32, None if all are greedy
+    uniforms: np.ndarray | None = None  # [R] float64 in [0, 1), one draw each, None if all are greedy
+    has_options: bool = False  # some sequence asks for more than a temperature
+    seq_ids: list[int] | None = None  # [D] of the rows, if there are no chunks
     prompt_logprob_rows: np.ndarray | None = None  # tokens of which the next one's log-probability is wanted
+
+    @property
+    def num_decode(self) -> int:
+        """D."""
+        return len(self.context_lens) - (0 if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1)
 
 
 class BatchBuilder:
     """Builds a `Batch` from sequences that the scheduler chose.
 
-    As long as the same sequences decode step after step, their arrays are advanced in place: a length grows by one,
-    and a row of the block table, which has `max_blocks` columns, changes once in `block_size` steps.
+    As long as the same sequences are computed step after step, their arrays stay: a row of the block table, which has
+    `max_blocks` columns, changes once in `block_size` steps.
     """
 
     def __init__(self, block_size: int, max_blocks: int):
         self.block_size = block_size
         self.max_blocks = max_blocks
-        self._decoding: list[Sequence] = []  # whose arrays the fields below are
+        self._seqs: list[Sequence] = []  # whose arrays the fields below are
 
-    def prefill(self, seqs: list[Sequence]) -> Batch:
-        """The scheduled chunk of each sequence, flattened."""
-        self._decoding = []  # a preempted sequence comes back with other blocks, and only through a prefill
+    def build(self, seqs: list[Sequence]) -> Batch:
+        """The scheduled tokens of each sequence; those with chunks come last."""
         starts = np.array([seq.num_computed_tokens for seq in seqs])
         lens = np.array([seq.num_scheduled_tokens for seq in seqs])
-        cu_seqlens_q = np.concatenate([[0], lens.cumsum()]).astype(np.int32)
-        positions = np.arange(cu_seqlens_q[-1]) + np.repeat(starts - cu_seqlens_q[:-1], lens)
-        rows = np.repeat(np.arange(len(seqs)), lens)
-        tokens = [
-            np.frombuffer(seq.token_ids, dtype=np.int32)[start : start + n]
-            for seq, start, n in zip(seqs, starts, lens, strict=True)
-        ]
-        block_tables = self._block_tables(seqs)
-        return Batch(
-            is_prefill=True,
-            input_ids=np.concatenate(tokens, dtype=np.int64),
+        known = np.array([len(seq.token_ids) for seq in seqs])
+        ends = starts + lens
+        self._update(seqs, starts, ends)
+        # What brings a prompt's last token alone is a decode, too: it is computed in the same way.
+        is_chunk = (known - starts > 1) | (ends < known)
+        num_decode = int(is_chunk.argmax()) if is_chunk.any() else len(seqs)
+        rows, positions, tables, num_tokens = self._rows, starts, self._tables, num_decode
+        is_mixed = num_decode < len(seqs) or lens.max() > 1
+        if is_mixed:
+            rows, num_tokens = np.repeat(self._rows, lens), int(lens[:num_decode].sum())
+            positions = np.arange(len(rows)) + np.repeat(ends - lens.cumsum(), lens)
+        context_lens = np.concatenate([positions[:num_tokens] + 1, ends[num_decode:]]).astype(np.int32)
+        if num_tokens > num_decode:  # drafts
+            tables = tables[np.concatenate([rows[:num_tokens], self._rows[num_decode:]])]
+        batch = Batch(
+            input_ids=_input_ids(seqs, starts, ends, num_decode),
             positions=positions,
-            slot_mapping=find_slots(block_tables, rows, positions, self.block_size),
-            context_lens=(starts + lens).astype(np.int32),
-            cu_seqlens_q=cu_seqlens_q,
-            block_tables=block_tables if starts.any() else None,
-            **_draw(*_random_state(seqs), starts + lens),
-            rows_with_options=[row for row, seq in enumerate(seqs) if seq.has_options],
-            prompt_logprob_rows=_prompt_logprob_rows(seqs, rows, positions),
+            slot_mapping=find_slots(self._tables, rows, positions, self.block_size),
+            context_lens=context_lens,
+            block_tables=tables if num_tokens or starts.any() else None,
+            has_options=self._has_options,
         )
-
-    def decode(self, seqs: list[Sequence]) -> Batch:
-        """The last token of each sequence."""
-        if seqs != self._decoding:
-            self._decoding = list(seqs)
-            self._seq_ids = [seq.seq_id for seq in seqs]
-            self._rows = np.arange(len(seqs))
-            self._lens = np.array([len(seq) for seq in seqs])
-            self._tables = self._block_tables(seqs)
-            self._random = _random_state(seqs)
-            self._rows_with_options = [row for row, seq in enumerate(seqs) if seq.has_options]
+        if num_tokens < len(positions):
+            batch.cu_seqlens_q = np.concatenate([[0], lens[num_decode:].cumsum()]).astype(np.int32)
+            lasts = lens.cumsum()[num_decode:][(ends == known)[num_decode:]] - 1  # of the chunks that end a prompt
+            batch.logit_rows = np.concatenate([np.arange(num_tokens), lasts])
+            batch.prompt_logprob_rows = _prompt_logprob_rows(seqs, rows, positions)
         else:
-            self._lens += 1
-            for row in np.flatnonzero(self._lens % self.block_size == 1 % self.block_size).tolist():
-                block_table = seqs[row].block_table
-                self._tables[row, len(block_table) - 1] = block_table[-1]
-        positions = self._lens - 1
-        return Batch(
-            is_prefill=False,
-            input_ids=np.array([seq.token_ids[-1] for seq in seqs]),
-            positions=positions,
-            slot_mapping=find_slots(self._tables, self._rows, positions, self.block_size),
-            context_lens=self._lens.astype(np.int32),
-            block_tables=self._tables,
-            **_draw(*self._random, self._lens),
-            rows_with_options=self._rows_with_options,
-            seq_ids=self._seq_ids,
-        )
+            batch.seq_ids = [self._seq_ids[row] for row in rows.tolist()] if is_mixed else self._seq_ids
+        if is_mixed:
+            batch.num_sampled = np.where(is_chunk, ends == known, lens)
+        self._draw(batch, rows, positions)
+        return batch
 
-    def _block_tables(self, seqs: list[Sequence]) -> np.ndarray:
-        """[S, B] int32; columns past a sequence's last block are 0 and never read."""
-        num_blocks = np.array([len(seq.block_table) for seq in seqs])
-        tables = np.zeros((len(seqs), self.max_blocks), dtype=np.int32)
-        filled = np.arange(self.max_blocks) < num_blocks[:, None]
-        tables[filled] = list(chain.from_iterable(seq.block_table for seq in seqs))
-        return tables
+    def _update(self, seqs: list[Sequence], starts: np.ndarray, ends: np.ndarray) -> None:
+        """Makes the arrays those of `seqs`, which have blocks up to `ends`."""
+        num_blocks = -(-ends // self.block_size)
+        if seqs == self._seqs:  # blocks may be others if one does not go on where its last step was to end
+            for row in np.flatnonzero((num_blocks != self._num_blocks) | (starts != self._ends)).tolist():
+                self._tables[row, : num_blocks[row]] = seqs[row].block_table
+        else:
+            self._seqs = list(seqs)
+            self._rows = np.arange(len(seqs))
+            self._tables = np.zeros((len(seqs), self.max_blocks), dtype=np.int32)  # past the last block never read
+            filled = np.arange(self.max_blocks) < num_blocks[:, None]
+            self._tables[filled] = list(chain.from_iterable(seq.block_table for seq in seqs))
+            self._seq_ids = [seq.seq_id for seq in seqs]
+            self._temperatures = np.array([seq.temperature for seq in seqs], dtype=np.float32)
+            self._keys = np.array([seq.rng_key for seq in seqs], dtype=np.uint64)
+            self._has_options = any(seq.has_options for seq in seqs)
+        self._num_blocks, self._ends = num_blocks, ends
+
+    def _draw(self, batch: Batch, rows: np.ndarray, positions: np.ndarray) -> None:
+        """Sets what is needed to sample: a token's draw depends on its request and its position alone."""
+        if not self._temperatures.any():
+            return
+        if batch.logit_rows is not None:
+            rows, positions = rows[batch.logit_rows], positions[batch.logit_rows]
+        batch.temperatures, batch.uniforms = self._temperatures[rows], splitmix64(self._keys[rows], positions + 1)
+
+
+def _input_ids(seqs: list[Sequence], starts: np.ndarray, ends: np.ndarray, num_decode: int) -> np.ndarray:
+    decoding, tokens = seqs[:num_decode], []
+    if any(seq.draft_ids for seq in decoding):
+        last = list(chain.from_iterable((seq.token_ids[-1], *seq.draft_ids) for seq in decoding))
+    else:
+        last = [seq.token_ids[-1] for seq in decoding]
+    for seq, start, end in zip(seqs[num_decode:], starts[num_decode:], ends[num_decode:], strict=True):
+        tokens.append(np.frombuffer(seq.token_ids, dtype=np.int32)[start:end])
+    return np.concatenate([np.array(last, dtype=np.int64), *tokens])
 
 
 def find_slots(tables: np.ndarray, rows: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:
@@ -114,16 +133,6 @@ def _prompt_logprob_rows(seqs: list[Sequence], rows: np.ndarray, positions: np.n
     """Those of the T tokens that the next token of a prompt follows, where its log-probability is wanted."""
     prompt_lens = np.array([seq.num_prompt_tokens if seq.lacks_prompt_logprobs else 0 for seq in seqs])
     return np.flatnonzero(positions + 1 < prompt_lens[rows]) if prompt_lens.any() else None
-
-
-def _random_state(seqs: list[Sequence]) -> tuple[np.ndarray | None, np.ndarray]:
-    """[S] temperatures, or None if all are greedy, and [S] keys of the random streams."""
-    temperatures = np.array([seq.temperature for seq in seqs], dtype=np.float32)
-    return temperatures if temperatures.any() else None, np.array([seq.rng_key for seq in seqs], dtype=np.uint64)
-
-
-def _draw(temperatures: np.ndarray | None, keys: np.ndarray, counters: np.ndarray) -> dict[str, np.ndarray]:
-    return {} if temperatures is None else {"temperatures": temperatures, "uniforms": splitmix64(keys, counters)}
 
 
 def splitmix64(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:

@@ -23,8 +23,8 @@ class BatchCodec:
 
     def encode(self, batch: Batch) -> Message:
         """What `decode` at the other end needs; each batch must go through both, in the same order."""
-        if batch.is_prefill:
-            return (replace(batch, temperatures=None, uniforms=None, rows_with_options=[]),)
+        if batch.cu_seqlens_q is not None:
+            return (replace(batch, temperatures=None, uniforms=None, num_sampled=None, has_options=False),)
         self._rearrange(batch.seq_ids)
         cells = np.flatnonzero(batch.block_tables != self._tables).astype(np.int32)
         block_ids = batch.block_tables.take(cells)
@@ -40,7 +40,6 @@ class BatchCodec:
         self._tables.put(cells, block_ids)
         rows, positions = np.arange(len(seq_ids)), context_lens.astype(np.int64) - 1
         return Batch(
-            is_prefill=False,
             input_ids=input_ids.astype(np.int64),
             positions=positions,
             slot_mapping=find_slots(self._tables, rows, positions, self.block_size),

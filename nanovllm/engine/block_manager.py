@@ -115,6 +115,14 @@ class BlockManager:
         for _ in range(self.num_blocks_missing(seq, num_tokens)):
             seq.block_table.append(self._take())
 
+    def trim(self, seq: Sequence, num_tokens: int) -> None:
+        """Takes back the blocks after those of the first `num_tokens` tokens of `seq`, which nobody else holds."""
+        while len(seq.block_table) > self.num_blocks_for(num_tokens):
+            block_id = seq.block_table.pop()
+            self.blocks[block_id].ref_count = 0
+            self.free_ids[block_id] = None
+            self.free_ids.move_to_end(block_id, last=False)  # nothing in it is worth keeping
+
     def _must_copy(self, seq: Sequence) -> bool:
         """Whether the next token of `seq` goes into a block that others hold too."""
         return seq.num_computed_tokens % self.block_size > 0 and self.blocks[seq.block_table[-1]].ref_count > 1

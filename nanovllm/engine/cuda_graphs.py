@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nanovllm.engine.batch import Batch
 from nanovllm.layers.cpu_kernels.compiled import Memory, Recording
-from nanovllm.utils.context import Context, use_context
+from nanovllm.utils.context import Context, Step, use_step
 from nanovllm.utils.device import ALIGNMENT, upload
 
 LARGEST = 512  # with more sequences the GPU is busy for longer than the launches take
@@ -51,7 +51,7 @@ class DecodeGraphs:
         self.sizes, self._inputs = sizes, _Inputs(sizes[-1], max_blocks, device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         empty = np.zeros(0)
-        nothing = Batch(False, empty, empty, empty, empty, block_tables=np.zeros((0, max_blocks)))
+        nothing = Batch(empty, empty, empty, empty, block_tables=np.zeros((0, max_blocks)))
         pool = None
         with torch.inference_mode():
             for size in tqdm(sizes[::-1], "Capturing CUDA graphs", unit="graph", disable=not show_progress):
@@ -109,8 +109,11 @@ class _Inputs:
         return upload(padded, self._device, self._buffer)
 
 
-def _run(model: Model, input_ids: torch.Tensor, positions: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
-    with use_context(Context(False, None, None, 0, 0, *cache)):
+def _run(
+    model: Model, input_ids: torch.Tensor, positions: torch.Tensor, slot_mapping: torch.Tensor, *cache: torch.Tensor
+) -> torch.Tensor:
+    decode = Context(None, None, 1, 0, *cache)
+    with use_step(Step(decode, None, slot_mapping)):
         return model(input_ids, positions)
 
 

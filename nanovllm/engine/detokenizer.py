@@ -19,7 +19,7 @@ def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: list[int], skip
 
 def completion_text(tokenizer: PreTrainedTokenizerBase | None, seq: Sequence) -> str:
     """The text of a completion, without the token that ended it unless `include_stop_str_in_output`."""
-    return decode(tokenizer, _visible(seq, 0), seq.params.skip_special_tokens)
+    return decode(tokenizer, _visible(seq, 0, seq.num_completion_tokens), seq.params.skip_special_tokens)
 
 
 def token_pieces(
@@ -68,6 +68,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._invalid_byte = _invalid_byte(tokenizer)
         self._held_back = max(map(len, seq.params.stop), default=1) - 1
+        self.num_read = 0  # tokens that were looked at, or are with the next; none after a stop string's
         self._num_certain = 0  # tokens, whose text is in `text`
         self._start = 0  # of the tokens to decode
         self._context = ""  # text of those from there that are certain
@@ -76,9 +77,12 @@ class TextStream:
 
     def feed(self) -> str | None:
         """Reads the sequence's new tokens; returns the stop string that they completed, if any."""
-        is_due = self._seq.num_completion_tokens >= self._next_look or self._seq.finish_reason
-        if self.stop is None and is_due:
-            self._look()
+        num_tokens = self._seq.num_completion_tokens
+        while self.stop is None and self.num_read < num_tokens:
+            self.num_read = self.num_read + 1 if self._seq.params.stop else num_tokens
+            is_last = self.num_read == num_tokens and self._seq.finish_reason
+            if self.num_read >= self._next_look or is_last:
+                self._look()
         return self.stop
 
     def finish(self) -> str:
@@ -93,7 +97,7 @@ class TextStream:
         return text[start : self._num_taken]
 
     def _look(self) -> None:
-        token_ids = _visible(self._seq, self._start)
+        token_ids = _visible(self._seq, self._start, self.num_read)
         text = self._decode(token_ids)
         num_tokens = self._start + len(token_ids)
         new = text.removeprefix(self._context) if text.startswith(self._context) else ""
@@ -107,7 +111,7 @@ class TextStream:
     def _seek_stop(self, new: str) -> None:
         """Cuts the text, with what is new in it, at the match that stops a reader of single characters: the first."""
         params = self._seq.params
-        if self._seq.num_completion_tokens <= params.min_tokens:
+        if self.num_read <= params.min_tokens:
             return
         text = self.text[max(0, len(self.text) - self._held_back) :] + new
         num_old = len(text) - len(new)
@@ -127,7 +131,7 @@ class TextStream:
 
     def _keep_context(self) -> None:
         """The fewest last tokens with any text: decoders that strip the start of a text have then done so."""
-        token_ids, n = _visible(self._seq, self._start), 1
+        token_ids, n = _visible(self._seq, self._start, self.num_read), 1
         while not (context := self._decode(token_ids[-n:])) and n < len(token_ids):
             n *= 2
         self._start += max(0, len(token_ids) - n)
@@ -143,8 +147,9 @@ def _invalid_byte(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return token_id if token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == "<0xFF>" else None
 
 
-def _visible(seq: Sequence, start: int) -> list[int]:
-    """The completion's tokens from `start` on, without one that ended it unless `include_stop_str_in_output`."""
-    token_ids = seq.token_ids[seq.num_prompt_tokens + start :].tolist()
-    ends_with_stop_token = seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
+def _visible(seq: Sequence, start: int, end: int) -> list[int]:
+    """The completion's tokens `start` to `end`, without one that ended it unless `include_stop_str_in_output`."""
+    token_ids = seq.token_ids[seq.num_prompt_tokens + start : seq.num_prompt_tokens + end].tolist()
+    is_stopped = seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
+    ends_with_stop_token = is_stopped and end == seq.num_completion_tokens
     return token_ids[:-1] if ends_with_stop_token and not seq.params.include_stop_str_in_output else token_ids

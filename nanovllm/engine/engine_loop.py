@@ -77,27 +77,29 @@ class EngineLoop(CallLoop):
             self.step()
 
     def step(self) -> int:
-        """One prefill or decode step; returns how many tokens it computed, if a decode step as a negative number."""
+        """One step; returns how many tokens it computed, as a negative number if each is of a running sequence."""
         start, scheduler, manager = perf_counter(), self.scheduler, self.scheduler.block_manager
         seqs: list[Sequence] = []
         try:
-            seqs, is_prefill = scheduler.schedule()
+            seqs = scheduler.schedule()
             num_tokens = sum(seq.num_scheduled_tokens for seq in seqs)
             copies, manager.copies = manager.copies, []
             if copies:
                 self.model_runner.copy_blocks(copies)
             if seqs:
-                token_ids = self.model_runner.run(seqs, is_prefill)
-                scheduler.postprocess(seqs, token_ids)
+                scheduler.postprocess(seqs, self.model_runner.run(seqs))
             self._report(seqs)
         except BaseException as error:
             self._fail(error, seqs)
             raise
         seconds = perf_counter() - start
-        self.num_tokens[is_prefill] += num_tokens
-        self.seconds[is_prefill] += seconds
+        for kind, n in ((True, num_tokens - scheduler.num_decode_tokens), (False, scheduler.num_decode_tokens)):
+            self.num_tokens[kind] += n
+            self.seconds[kind] += seconds * n / max(num_tokens, 1)  # a step's share is that of its tokens
+        if scheduler.drafter is not None and num_tokens == scheduler.num_decode_tokens:
+            scheduler.drafter.observe(num_tokens, seconds)
         self.step_times[min(int(1000 * seconds).bit_length(), NUM_BUCKETS - 1)] += bool(seqs)
-        return num_tokens if is_prefill else -num_tokens
+        return num_tokens if num_tokens > scheduler.num_decode_tokens else -num_tokens
 
     def _report(self, seqs: list[Sequence]) -> None:
         """Reads the text of those that wait for a stop string, and tells the watchers of a step's sequences."""
@@ -119,7 +121,9 @@ class EngineLoop(CallLoop):
         except Exception as error:  # of a tokenizer: no other sequence is concerned
             seq.error, reason, stop = error, "error", None
         else:
-            reason = "stop"
+            reason, num_read = "stop", seq.num_prompt_tokens + seq.text.num_read
+            self.scheduler.num_output_tokens -= len(seq) - num_read
+            del seq.token_ids[num_read:]  # which the same step has computed after a stop string
         if stop is None and seq.error is None:
             return
         if seq.finish_reason is None:

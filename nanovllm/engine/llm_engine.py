@@ -57,7 +57,7 @@ class LLMEngine:
         else:
             self.model_runner = ModelRunner(config) if config.tensor_parallel_size == 1 else ParallelRunner(config)
             self.block_manager = BlockManager(config.num_kvcache_blocks, config.kvcache_block_size)
-            self.scheduler = Scheduler(self.block_manager, config.max_num_seqs, config.max_num_batched_tokens)
+            self.scheduler = Scheduler.of(config, self.block_manager)
             self._loop = EngineLoop(self.model_runner, self.scheduler)
         self._lock = threading.Lock()  # of what several callers would change at once: the tokenizer, the number below
         self._num_sequences = 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from nanovllm.config import Config
 from nanovllm.engine.batch import Batch, BatchBuilder
 from nanovllm.engine.cuda_graphs import DecodeGraphs, RecordedSteps, graph_sizes
-from nanovllm.engine.sampling import sample_with_options
+from nanovllm.engine.sampling import sample_with_options, split_samples
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers import cpu_kernels
 from nanovllm.layers.attention import Attention, AttentionBackend, choose_backend
@@ -28,7 +28,7 @@ from nanovllm.layers.weight import check_quantization, choose_products, pack
 from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import reading
-from nanovllm.utils.context import Context, use_context
+from nanovllm.utils.context import Context, Step, use_step
 from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, default_threads, upload
 from nanovllm.utils.loader import load_dummy, load_model
 from nanovllm.utils.openmp import stop_spinning
@@ -63,14 +63,14 @@ class ModelRunner:
         self.block_size = config.kvcache_block_size = wanted or backend.block_size
         max_blocks = -(-config.max_model_len // self.block_size)
         self.batch_builder = BatchBuilder(self.block_size, max_blocks)
-        sizes = graph_sizes(config.max_num_seqs) if self._can_capture(backend) else []
+        sizes = graph_sizes(config.max_decode_tokens) if self._can_capture(backend) else []
         cache_bytes = self._allocate_kv_cache(backend, max_blocks, len(sizes) * GRAPH_BYTES)
         times.append(perf_counter())
         free = available_memory(self.device, 1.0)
         if sizes:
             self.graphs = DecodeGraphs(self.model, sizes, max_blocks, self.device, self.tp.rank == 0)
         elif self._can_record():
-            self.graphs = RecordedSteps(self.model, config.max_num_seqs, max_blocks)
+            self.graphs = RecordedSteps(self.model, config.max_decode_tokens, max_blocks)
         times.append(perf_counter())
         weights = {id(module.weight): module.weight for module in self.model.modules() if hasattr(module, "weight")}
         weight_bytes = sum(weight.nbytes for weight in weights.values())
@@ -89,28 +89,29 @@ class ModelRunner:
             torch.cuda.set_device(self.attentions[0].k_cache.device)
 
     @torch.inference_mode()
-    def run(self, seqs: list[Sequence], is_prefill: bool) -> list[int]:
-        """Computes the scheduled tokens of each sequence and returns the S that it samples after them.
+    def run(self, seqs: list[Sequence]) -> list[list[int]]:
+        """Computes the scheduled tokens of each sequence and returns what it samples after them.
 
-        Those of incomplete prompts mean nothing. Log-probabilities, where asked for, are added to the sequences.
+        Nothing for incomplete prompts. Log-probabilities, where asked for, are added to the sequences.
         """
-        batch = self.batch_builder.prefill(seqs) if is_prefill else self.batch_builder.decode(seqs)
+        batch = self.batch_builder.build(seqs)
         logits = self.forward(batch, partial(_score_prompts, seqs, batch))
+        if logits is None:
+            return [[] for _ in seqs]
         temperatures, uniforms = upload([batch.temperatures, batch.uniforms], self.device)
-        if batch.rows_with_options:
-            with_options = [(row, seqs[row]) for row in batch.rows_with_options]
-            return sample_with_options(logits, temperatures, uniforms, with_options)
-        return sample(logits, temperatures, uniforms).tolist()
+        if batch.has_options:
+            return sample_with_options(logits, temperatures, uniforms, seqs, batch.num_sampled)
+        return split_samples(sample(logits, temperatures, uniforms).tolist(), seqs, batch.num_sampled)
 
     def forward(self, batch: Batch, score_prompts: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
-        """Fills the cache, on all ranks for the same batch. [S, vocabulary] last tokens' logits on rank 0, else None.
+        """Fills the cache, on all ranks for the same batch. [R, vocabulary] logits to sample from on rank 0, if any.
 
         There `score_prompts` is called with parts of `batch.prompt_logprob_rows` and their logits until all are done.
         """
-        if self.graphs is not None and not batch.is_prefill and len(batch.context_lens) <= self.graphs.sizes[-1]:
+        if self.graphs is not None and batch.cu_seqlens_q is None and len(batch.positions) <= self.graphs.sizes[-1]:
             return self.model.compute_logits(self.graphs.replay(batch))
-        input_ids, positions, context = make_inputs(batch, self.device)
-        with use_context(context):
+        input_ids, positions, step = make_inputs(batch, self.device)
+        with use_step(step):
             hidden_states = self.model(input_ids, positions)
             if batch.prompt_logprob_rows is not None:
                 wanted = batch.prompt_logprob_rows
@@ -118,7 +119,8 @@ class ModelRunner:
                     logits = self.model.lm_head.project(hidden_states[upload([rows], self.device)[0]])
                     if logits is not None:
                         score_prompts(rows, logits)
-            return self.model.compute_logits(hidden_states)
+            has_none = batch.logit_rows is not None and not len(batch.logit_rows)  # chunks, and no prompt's last
+            return None if has_none else self.model.compute_logits(hidden_states)
 
     @torch.inference_mode()
     def copy_blocks(self, copies: list[tuple[int, int, int]]) -> None:
@@ -216,7 +218,8 @@ class ModelRunner:
         num_tokens = min(config.max_num_batched_tokens, num_seqs * config.max_model_len)
         cu_seqlens = np.linspace(0, num_tokens, num_seqs + 1).astype(np.int32)
         zeros = np.zeros(num_tokens, dtype=np.int64)
-        batch = Batch(True, zeros, zeros, zeros, context_lens=np.diff(cu_seqlens), cu_seqlens_q=cu_seqlens)
+        lasts = cu_seqlens[1:].astype(np.int64) - 1
+        batch = Batch(zeros, zeros, zeros, np.diff(cu_seqlens), cu_seqlens, logit_rows=lasts)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_reserved(self.device)
@@ -226,9 +229,9 @@ class ModelRunner:
                 if logits is not None:
                     sample(logits)  # compiles its kernels, which it has for each dtype
                     ones, params = torch.ones(num_seqs, device=self.device), SamplingParams(top_p=0.9, logprobs=1)
-                    rows = [(row, Sequence(row, [], params)) for row in range(num_seqs)]
+                    seqs = [Sequence(row, [], params) for row in range(num_seqs)]
                     # So flat that top-p has to sort the whole vocabulary.
-                    sample_with_options(logits.zero_(), ones, ones.double() / 2, rows)
+                    sample_with_options(logits.zero_(), ones, ones.double() / 2, seqs)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"a step of {num_tokens} tokens of {num_seqs} sequences needs more memory than the GPU has left beside "
@@ -240,22 +243,28 @@ class ModelRunner:
         return peak - before
 
 
-def make_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Context]:
+def make_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Step]:
     """[T] token ids, [T] positions, and what the layers need to know of a batch, on their device."""
-    cu_seqlens_k, max_seqlen_q = None, 1
-    if batch.is_prefill:
-        cu_seqlens_k = np.concatenate([[0], batch.context_lens.cumsum()]).astype(np.int32)
-        max_seqlen_q = int(np.diff(batch.cu_seqlens_q).max())
-    bounds = batch.cu_seqlens_q, cu_seqlens_k
-    cache = batch.slot_mapping, batch.context_lens, batch.block_tables
-    input_ids, positions, *tensors = upload([batch.input_ids, batch.positions, *bounds, *cache], device)
-    max_seqlens = max_seqlen_q, int(batch.context_lens.max())
-    return input_ids, positions, Context(batch.is_prefill, *tensors[:2], *max_seqlens, *tensors[2:])
+    n, bounds_k = batch.num_decode, None
+    lens, lens_q = batch.context_lens, np.zeros(0, dtype=np.int32)
+    if batch.cu_seqlens_q is not None:
+        bounds_k = np.concatenate([[0], lens[n:].cumsum()]).astype(np.int32)
+        lens_q = np.diff(batch.cu_seqlens_q)
+    arrays = batch.input_ids, batch.positions, batch.slot_mapping, lens, batch.block_tables, batch.logit_rows
+    uploaded = upload([*arrays, batch.cu_seqlens_q, bounds_k], device)
+    input_ids, positions, slot_mapping, context_lens, tables, logit_rows, *bounds = uploaded
+    step = Step(slot_mapping=slot_mapping, logit_rows=logit_rows)
+    if n:
+        step.decode = Context(None, None, 1, int(lens[:n].max()), context_lens[:n], tables[:n])
+    if len(lens_q):
+        max_seqlens = int(lens_q.max()), int(lens[n:].max())
+        step.prefill = Context(*bounds, *max_seqlens, context_lens[n:], None if tables is None else tables[n:])
+    return input_ids, positions, step
 
 
 def _score_prompts(seqs: list[Sequence], batch: Batch, rows: np.ndarray, logits: Tensor) -> None:
     """Adds to each sequence the log-probabilities of the prompt tokens after `rows` (of the T in the step)."""
-    owners = np.searchsorted(batch.cu_seqlens_q, rows, side="right") - 1
+    owners = batch.num_decode + np.searchsorted(batch.cu_seqlens_q, rows - batch.num_decode, side="right") - 1
     for owner in np.unique(owners).tolist():
         seq, mine = seqs[owner], np.flatnonzero(owners == owner)
         start = int(batch.positions[rows[mine[0]]]) + 1

@@ -207,7 +207,7 @@ class Replica:
         self._connection, self._config = connection, config
         runner = ModelRunner(config) if config.tensor_parallel_size == 1 else ParallelRunner(config)
         manager = BlockManager(config.num_kvcache_blocks, config.kvcache_block_size)
-        self._loop = ReportingLoop(runner, Scheduler(manager, config.max_num_seqs, config.max_num_batched_tokens))
+        self._loop = ReportingLoop(runner, Scheduler.of(config, manager))
 
     def serve(self) -> None:
         cache = self._config.num_kvcache_blocks, self._config.kvcache_block_size

@@ -1,10 +1,10 @@
 """Sampling for steps in which some sequence asks for more than a temperature. Others never come here.
 
-Legend: S sequences, R rows of them, V vocabulary.
+Legend: R tokens to sample, V vocabulary.
 """
 
 import warnings
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -18,26 +18,45 @@ from nanovllm.sampling_params import SamplingParams
 FILTER_LOGITS = 2**23  # filtered at a time, at least one row: less than 0.5 GB of intermediate tensors
 
 
+def split_samples(token_ids: list[int], seqs: list[Sequence], num_sampled: np.ndarray | None) -> list[list[int]]:
+    """For each sequence its next tokens among R samples: as many as its drafts foresaw, and the one after them."""
+    if num_sampled is None:
+        return [[token_id] for token_id in token_ids]
+    ends = num_sampled.cumsum().tolist()
+    own = [token_ids[end - n : end] for end, n in zip(ends, num_sampled.tolist(), strict=True)]
+    return [_foreseen(seq.draft_ids, tokens) for seq, tokens in zip(seqs, own, strict=True)]
+
+
+def _foreseen(draft_ids: tuple[int, ...], token_ids: list[int]) -> list[int]:
+    """Of the tokens sampled after a sequence's last one and after each draft, those before which all drafts are right.
+
+    What they are is what would have been sampled one by one: a token's draw depends on nothing but its position.
+    """
+    n = 0
+    while n < len(draft_ids) and draft_ids[n] == token_ids[n]:
+        n += 1
+    return token_ids[: n + 1]
+
+
 def sample_with_options(
-    logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, with_options: list[tuple[int, Sequence]]
-) -> list[int]:
+    logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, seqs: list[Sequence],
+    num_sampled: np.ndarray | None = None
+) -> list[list[int]]:  # fmt: skip
     """Samples as `sample` does, after the penalties, masks and filters of the sequences that have some.
 
-    Log-probabilities, of the unchanged logits, are added to the sequences that ask for them. `with_options` are the
-    rows of S with options, and their sequences.
+    `num_sampled` of the R rows are each sequence's, None: one. Log-probabilities, of the unchanged logits, are added
+    to the sequences that ask for them. Returns what `split_samples` does.
     """
-    # A chunk of a prompt that is not complete samples nothing, so that no callable sees it.
-    complete = [
-        (row, seq) for row, seq in with_options if seq.num_computed_tokens + seq.num_scheduled_tokens == len(seq)
-    ]
+    counts = [1] * len(seqs) if num_sampled is None else num_sampled.tolist()
+    owners = [(seq, i) for seq, count in zip(seqs, counts, strict=True) for i in range(count)]  # [R], after i drafts
     edited = logits.to(torch.float32, copy=True)
-    for row, seq in complete:
+    for row, (seq, num_drafts) in enumerate(owners):
         if seq.params.edits_logits:
             try:
-                edited[row] = _edit(edited[row], seq)
+                edited[row] = _edit(edited[row], seq, num_drafts)
             except Exception as error:  # of a callable: no other sequence is concerned
                 seq.error = error
-    filtered = [(row, seq.params) for row, seq in complete if seq.params.filters]
+    filtered = [(row, seq.params) for row, (seq, _) in enumerate(owners) if seq.params.filters]
     num_at_once = max(1, FILTER_LOGITS // logits.shape[1])
     for start in range(0, len(filtered), num_at_once):
         rows, params = (list(column) for column in zip(*filtered[start : start + num_at_once], strict=True))
@@ -45,19 +64,25 @@ def sample_with_options(
     if filtered:
         rows = torch.tensor([row for row, _ in filtered], device=logits.device)
         temperatures = temperatures.index_fill(0, rows, 1.0)  # which the filters have applied
-    token_ids = sample(edited, temperatures, uniforms).tolist()
-    wanted = [(row, seq) for row, seq in complete if seq.params.logprobs is not None]
-    for num_top, group in groupby(wanted, key=lambda item: item[1].params.logprobs):
-        rows, seqs = zip(*group, strict=True)
-        entries = token_logprobs(logits[list(rows)], [token_ids[row] for row in rows], num_top)
-        for seq, entry in zip(seqs, entries, strict=True):
+    sampled = split_samples(sample(edited, temperatures, uniforms).tolist(), seqs, num_sampled)
+    _add_logprobs(logits, seqs, np.cumsum([0, *counts[:-1]]).tolist(), sampled)
+    return sampled
+
+
+def _add_logprobs(logits: Tensor, seqs: list[Sequence], first_rows: list[int], sampled: list[list[int]]) -> None:
+    wanted = [item for item in zip(seqs, first_rows, sampled, strict=True) if item[0].params.logprobs is not None]
+    for num_top, group in groupby(wanted, key=lambda item: item[0].params.logprobs):
+        group = list(group)
+        rows = [row + i for _, row, token_ids in group for i in range(len(token_ids))]
+        entries = iter(token_logprobs(logits[rows], [i for *_, token_ids in group for i in token_ids], num_top))
+        for seq, _, token_ids in group:
             del seq.logprobs[seq.num_completion_tokens :]  # of a step that failed
-            seq.logprobs.append(entry)
-    return token_ids
+            seq.logprobs += islice(entries, len(token_ids))
 
 
-def _edit(row: Tensor, seq: Sequence) -> Tensor:
-    token_ids = np.array(seq.token_ids)
+def _edit(row: Tensor, seq: Sequence, num_drafts: int) -> Tensor:
+    """The row of logits after so many of the sequence's drafts."""
+    token_ids = np.array([*seq.token_ids, *seq.draft_ids[:num_drafts]])
     prompt_ids, output_ids = np.split(token_ids, [seq.num_prompt_tokens])
     edited = edit_logits(row.clone(), seq.params, prompt_ids, output_ids, seq.end_token_ids, seq.bad_words_ids)
     if edited.max() == -torch.inf:

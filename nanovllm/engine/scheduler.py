@@ -1,11 +1,18 @@
-"""Who runs in this step. Prefill first, long prompts in chunks, decode with preemption. Knows nothing of tensors."""
+"""Who runs in this step: all that run, and prompts as far as there is room. Knows nothing of tensors."""
+
+from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanovllm.engine.block_manager import Block, BlockManager
+from nanovllm.engine.drafts import Drafter
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+
+if TYPE_CHECKING:
+    from nanovllm.config import Config
 
 
 class Scheduler:
@@ -13,11 +20,15 @@ class Scheduler:
 
     `waiting` holds, oldest first, those with something to prefill; only its head may hold blocks (a prompt of
     which some chunks are computed). `running` holds, at most `max_num_seqs` long, those of which all tokens but the
-    last are in the cache. `max_num_batched_tokens` is what a prefill step may compute.
+    last are in the cache. `max_num_batched_tokens` is what a step may compute, if not more are running.
     """
 
-    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
+    def __init__(
+        self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int,
+        drafter: Drafter | None = None
+    ):  # fmt: skip
         self.block_manager = block_manager
+        self.drafter = drafter
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.sequences: dict[int, Sequence] = {}  # all that are not finished, by seq_id, in the order of arrival
@@ -30,10 +41,18 @@ class Scheduler:
         self.num_output_tokens = 0
         # The share of `max_tokens` that finished requests used: how long the running ones are expected to go on.
         self.output_ratio = 1.0
+        self.num_decode_tokens = 0  # that running sequences bring to the step
+        self._has_preempted = False  # in this step
         self._admission_failed = False  # nothing was released since the head of `waiting` did not fit
         self._forked: list[Sequence] = []  # running ones that may share the block which they write to next
-        self._load: list[tuple[int, int, float]] = []  # during a prefill, of each running sequence: see `_load_of`
+        self._load: list[tuple[int, int, float]] = []  # of each running sequence, see `_load_of`, while prompts come
         self._growth = 0.0  # blocks that all of them together will take beside those they hold, if none ended before
+
+    @classmethod
+    def of(cls, config: Config, block_manager: BlockManager) -> Scheduler:
+        most = config.speculative_tokens
+        drafter = Drafter(most, config.max_decode_tokens) if most else None
+        return cls(block_manager, config.max_num_seqs, config.max_num_batched_tokens, drafter)
 
     def is_finished(self) -> bool:
         return not self.sequences
@@ -42,35 +61,39 @@ class Scheduler:
         self.sequences[seq.seq_id] = seq
         self.waiting.append(seq)
 
-    def schedule(self) -> tuple[list[Sequence], bool]:
+    def schedule(self) -> list[Sequence]:
         """Chooses the sequences of the next step, sets their `num_scheduled_tokens` and allocates the slots to write.
 
-        Also says whether the step is a prefill. No sequences: nothing is left to run, which also happens when the last
-        one has outgrown the cache (see `finished`).
+        First all that are running, with a token each and perhaps drafts of the next, then prompts. None at all: nothing
+        is left to run, which also happens when the last one has outgrown the cache (see `finished`).
         """
-        seqs = [] if self._admission_failed else self._schedule_prefill()
-        while self.held and not seqs and not self.running and self._head():  # those that keep blocks are in the way
+        self._has_preempted = False
+        seqs = self._schedule_running()
+        self.num_decode_tokens = sum(seq.num_scheduled_tokens for seq in seqs)
+        if not self._has_preempted:  # else there is no room for more
+            seqs += self._schedule_waiting(self.max_num_batched_tokens - self.num_decode_tokens)
+        while self.held and not seqs and self._head():  # those that keep blocks are in the way
             self.drop_held([next(reversed(self.held.values()))])
-            seqs = self._schedule_prefill()
-        if seqs:
-            return seqs, True
-        return self._schedule_decode(), False
+            seqs = self._schedule_waiting(self.max_num_batched_tokens)
+        return seqs
 
-    def postprocess(self, seqs: list[Sequence], token_ids: list[int]) -> None:
-        """Records that `seqs` were computed and sampled `token_ids`, dropped where a prompt is not complete."""
+    def postprocess(self, seqs: list[Sequence], sampled: list[list[int]]) -> None:
+        """Records that `seqs` were computed, and the tokens sampled after them: none where a prompt is incomplete."""
         block_size = self.block_manager.block_size
         any_finished = False
-        for seq, token_id in zip(seqs, token_ids, strict=True):
+        for seq, token_ids in zip(seqs, sampled, strict=True):
+            if seq.draft_ids:
+                token_ids = self._settle(seq, token_ids)
             num_new = seq.num_scheduled_tokens
             seq.num_computed_tokens = num_computed = seq.num_computed_tokens + num_new
+            is_complete = num_computed >= len(seq.token_ids)
+            if is_complete and seq.error is None and num_computed < seq.max_len:  # else it was only to be scored
+                seq.token_ids.extend(token_ids)
+                self.num_output_tokens += len(token_ids)
             if num_computed % block_size < num_new:
                 self.block_manager.publish(seq, num_new)
-            if num_computed < len(seq.token_ids):
-                continue
-            if seq.error is None and num_computed < seq.max_len:  # else the prompt was only to be scored
-                seq.token_ids.append(token_id)
-                self.num_output_tokens += 1
-            any_finished |= self._finish_if_complete(seq)
+            if is_complete:
+                any_finished |= self._finish_if_complete(seq)
         if any_finished:
             self.running = [seq for seq in self.running if seq.status is SequenceStatus.RUNNING]
 
@@ -82,7 +105,7 @@ class Scheduler:
         self.block_manager.reset()
         self.waiting, self.running, self._forked, self._admission_failed = deque(), [], [], False
         for seq in [*self.held.values(), *self.sequences.values()]:
-            seq.block_table, seq.num_computed_tokens, seq.num_scheduled_tokens = [], 0, 0
+            seq.block_table, seq.num_computed_tokens, seq.num_scheduled_tokens, seq.draft_ids = [], 0, 0, ()
         self.held = {}
         for seq in self.finished:
             self.sequences.pop(seq.seq_id, None)
@@ -118,7 +141,57 @@ class Scheduler:
                 self._release(seq)
                 seq.status = SequenceStatus.FINISHED
 
-    # ---- prefill
+    # ---- running ones
+
+    def _schedule_running(self) -> list[Sequence]:
+        manager, block_size = self.block_manager, self.block_manager.block_size
+        growing = [seq for seq in self.running if len(seq.token_ids) > len(seq.block_table) * block_size]
+        forked, self._forked = self._forked, []
+        for seq in growing + forked:  # oldest first
+            while seq.status is SequenceStatus.RUNNING and manager.num_blocks_missing(seq, 1) > manager.num_free_blocks:
+                self._preempt_newest()
+            if seq.status is SequenceStatus.RUNNING:
+                manager.allocate(seq, 1)
+        for seq in self.running:
+            seq.num_scheduled_tokens = 1
+        if self.drafter is not None and (len(self.running) == self.max_num_seqs or not self._head()):
+            self._add_drafts(self.drafter)
+        return list(self.running)
+
+    def _add_drafts(self, drafter: Drafter) -> None:
+        """Has sequences bring guesses of their next tokens, where blocks are free."""
+        seqs = [seq for seq in self.running if not seq.params.logits_processors]  # which see each token once
+        for seq, draft_ids in drafter.draft(seqs, len(self.running)):
+            if self.block_manager.num_blocks_missing(seq, 1 + len(draft_ids)) <= self.block_manager.num_free_blocks:
+                self.block_manager.allocate(seq, 1 + len(draft_ids))
+                seq.draft_ids, seq.num_scheduled_tokens = draft_ids, 1 + len(draft_ids)
+
+    def _settle(self, seq: Sequence, token_ids: list[int]) -> list[int]:
+        """The tokens that are kept of those that its drafts foresaw, up to an end. Gives back what the rest had."""
+        self.drafter.learn(seq, len(token_ids) - 1, len(seq.draft_ids))
+        num_kept = next(
+            (i + 1 for i, token_id in enumerate(token_ids) if token_id in seq.end_token_ids), len(token_ids)
+        )
+        seq.num_scheduled_tokens, seq.draft_ids = num_kept, ()
+        self.block_manager.trim(seq, seq.num_computed_tokens + num_kept)
+        return token_ids[:num_kept]
+
+    def _preempt_newest(self) -> None:
+        """Makes room. A request that cannot go on even alone ends with what it has."""
+        self._has_preempted = True
+        if (head := self._head()) and head.block_table:
+            self._release(head)
+        elif self.held:
+            self.drop_held([next(reversed(self.held.values()))])
+        elif len(self.running) == 1:
+            self._finish(self.running.pop(), "length")
+        else:
+            seq = self.running.pop()
+            self._release(seq)
+            self.waiting.appendleft(seq)
+            self.num_preemptions += 1
+
+    # ---- waiting ones
 
     def _head(self) -> Sequence | None:
         """The first that waits. Those that were ended while they waited are only now taken off."""
@@ -126,14 +199,15 @@ class Scheduler:
             self.waiting.popleft()
         return self.waiting[0] if self.waiting else None
 
-    def _schedule_prefill(self) -> list[Sequence]:
+    def _schedule_waiting(self, budget: int) -> list[Sequence]:
+        """Prompts of at most `budget` tokens together, of which the last may be a part of one."""
+        if self._admission_failed:
+            return []
         manager, block_size = self.block_manager, self.block_manager.block_size
-        budget = self.max_num_batched_tokens
         seqs: list[Sequence] = []
         deferred: list[Sequence] = []
         computing: set[int] = set()  # hashes of the blocks that this step will fill, or a later chunk
-        self._load = [self._load_of(seq) for seq in self.running] if self.waiting else []
-        self._growth = sum(map(self._growth_of, self._load))
+        self._load = []
         while budget > 0 and len(self.running) < self.max_num_seqs > len(deferred) and (seq := self._head()):
             if manager.num_blocks_for(len(seq)) > len(manager.blocks):  # outgrew the cache, then was preempted
                 self._finish(self.waiting.popleft(), "length")
@@ -160,8 +234,9 @@ class Scheduler:
             self.waiting.popleft()
             seq.status = SequenceStatus.RUNNING
             self.running.append(seq)
-            self._load.append(self._load_of(seq))
-            self._growth += self._growth_of(self._load[-1])
+            if self._load:
+                self._load.append(self._load_of(seq))
+                self._growth += self._growth_of(self._load[-1])
         chunked = [self.waiting.popleft()] if self.waiting and self.waiting[0].block_table else []
         self.waiting.extendleft(reversed(chunked + deferred))
         return seqs
@@ -205,6 +280,9 @@ class Scheduler:
         """
         if not self.running:
             return True  # alone it goes as far as it can
+        if not self._load:
+            self._load = [self._load_of(other) for other in self.running]
+            self._growth = sum(map(self._growth_of, self._load))
         manager = self.block_manager
         blocks_now = manager.num_blocks_for(len(seq)) - len(hits)
         available = manager.num_free_blocks - sum(block.ref_count == 0 for block in hits)
@@ -228,34 +306,7 @@ class Scheduler:
         num_held, num_tokens, remaining = load
         return (num_tokens + remaining) / self.block_manager.block_size + 0.5 - num_held
 
-    # ---- decode
-
-    def _schedule_decode(self) -> list[Sequence]:
-        manager, block_size = self.block_manager, self.block_manager.block_size
-        growing = [seq for seq in self.running if len(seq.token_ids) > len(seq.block_table) * block_size]
-        forked, self._forked = self._forked, []
-        for seq in growing + forked:  # oldest first
-            while seq.status is SequenceStatus.RUNNING and manager.num_blocks_missing(seq, 1) > manager.num_free_blocks:
-                self._preempt_newest()
-            if seq.status is SequenceStatus.RUNNING:
-                manager.allocate(seq, 1)
-        for seq in self.running:
-            seq.num_scheduled_tokens = 1
-        return list(self.running)
-
-    def _preempt_newest(self) -> None:
-        """Makes room. A request that cannot go on even alone ends with what it has."""
-        if (head := self._head()) and head.block_table:
-            self._release(head)
-        elif self.held:
-            self.drop_held([next(reversed(self.held.values()))])
-        elif len(self.running) == 1:
-            self._finish(self.running.pop(), "length")
-        else:
-            seq = self.running.pop()
-            self._release(seq)
-            self.waiting.appendleft(seq)
-            self.num_preemptions += 1
+    # ---- the end
 
     def _release(self, seq: Sequence) -> None:
         self.block_manager.free(seq)

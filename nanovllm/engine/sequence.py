@@ -58,7 +58,10 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[int] = field(default_factory=list)  # of its full blocks, as far as they were needed
     num_computed_tokens: int = 0
-    num_scheduled_tokens: int = 0  # to be computed in the step that is being run
+    num_scheduled_tokens: int = 0  # to be computed in the step that is being run, drafts included
+    draft_ids: tuple[int, ...] = ()  # guesses of the next tokens, to be checked in that step
+    drafts_right: float = 0.0  # of the latest guesses: see `Drafter`
+    drafts_checked: float = 0.0
     num_cached_tokens: int | None = None  # those that the cache had when it was first admitted
     logprobs: list[dict] = field(default_factory=list)  # of the completion's tokens, if asked for
     prompt_logprobs: list[dict | None] = field(default_factory=lambda: [None])  # if asked for; the first has none

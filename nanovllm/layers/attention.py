@@ -15,7 +15,7 @@ from nanovllm.layers.attention_cpu import CPUAttention, has_kernels
 from nanovllm.layers.attention_flash import Opened, open_flash_attn, open_torch_varlen
 from nanovllm.layers.fused import triton_problem
 from nanovllm.utils.checks import first_line, require
-from nanovllm.utils.context import Context, get_context
+from nanovllm.utils.context import Context, get_step
 from nanovllm.utils.device import NotACudaDevice, gpu_capability
 
 TOLERANCE = 0.05  # of a backend that is tried: above the rounding of any dtype, below what a wrong key or row makes
@@ -64,12 +64,17 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[T, H, D], [T, KH, D], [T, KH, D] -> [T, H, D]; the scale is 1 / sqrt(D)."""
-        context = get_context()
+        step, caches = get_step(), (self.k_cache, self.v_cache)
         if self.k_cache.numel():  # none yet while the runner measures how much memory the model needs
-            self.backend.store(k, v, self.k_cache, self.v_cache, context.slot_mapping)
-        if context.is_prefill:
-            return self.backend.prefill(q, k, v, self.k_cache, self.v_cache, context)
-        return self.backend.decode(q, self.k_cache, self.v_cache, context)
+            self.backend.store(k, v, *caches, step.slot_mapping)
+        if step.prefill is None:
+            return self.backend.decode(q, *caches, step.decode)
+        if step.decode is None:
+            return self.backend.prefill(q, k, v, *caches, step.prefill)
+        # Two launches: a decode splits its keys over many programs, and packs the heads that share them.
+        n = len(step.decode.context_lens)
+        decoded = self.backend.decode(q[:n], *caches, step.decode)
+        return torch.cat([decoded, self.backend.prefill(q[n:], k[n:], v[n:], *caches, step.prefill)])
 
 
 def open_triton(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> Opened:
@@ -152,8 +157,8 @@ def _probe(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, block_siz
     bounds_q, bounds_k, lens_k = (
         torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 5, 14], [0, lens[0], sum(lens)], lens)
     )
-    alone = Context(True, bounds_q, bounds_q, 9, 9)
-    cached = Context(True, bounds_q, bounds_k, 9, max(lens), context_lens=lens_k, block_tables=tables)
+    alone = Context(bounds_q, bounds_q, 9, 9)
+    cached = Context(bounds_q, bounds_k, 9, max(lens), lens_k, tables)
     decode = Context(max_seqlen_k=max(lens), context_lens=lens_k, block_tables=tables)
     return {
         "prefill": backend.prefill(q, k[-14:], v[-14:], *caches, alone),

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from nanovllm.layers.weight import embedding, linear
-from nanovllm.utils.context import get_context
+from nanovllm.utils.context import get_step
 from nanovllm.utils.loader import CheckpointTensor, copy_weight
 from nanovllm.utils.parallel import TensorParallel
 
@@ -40,14 +40,12 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(VocabParallelEmbedding):
-    """Logits of each sequence's last token, gathered on rank 0."""
+    """Logits of the tokens after which one is sampled, gathered on rank 0."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """[T, hidden_size] -> [S, vocab_size] on rank 0, None on the others."""
-        context = get_context()
-        if context.is_prefill:
-            hidden_states = hidden_states[context.cu_seqlens_q[1:] - 1]
-        return self.project(hidden_states)
+        """[T, hidden_size] -> [R, vocab_size] on rank 0, None on the others."""
+        rows = get_step().logit_rows
+        return self.project(hidden_states if rows is None else hidden_states[rows])
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """[n, hidden_size] -> [n, vocab_size] on rank 0, None on the others."""

@@ -1,6 +1,6 @@
 """Qwen3, dense (Qwen Team, 2025, arXiv:2505.09388), in the order of the computation.
 
-Legend: T tokens in the step, S sequences, H/KH query/KV heads of this rank, D head_dim, V vocabulary.
+Legend: T tokens in the step, R tokens to sample, H/KH query/KV heads of this rank, D head_dim, V vocabulary.
 """
 
 from torch import Tensor, nn
@@ -106,5 +106,5 @@ class Qwen3ForCausalLM(nn.Module):
         return self.model(input_ids, positions)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """[T, hidden_size] -> [S, V] for each sequence's last token on rank 0, None on the others."""
+        """[T, hidden_size] -> [R, V] for the tokens after which one is sampled on rank 0, None on the others."""
         return self.lm_head(hidden_states)

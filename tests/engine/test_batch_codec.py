@@ -15,7 +15,7 @@ from nanovllm.sampling_params import SamplingParams
 
 BLOCK, MAX_BLOCKS = 4, 20
 SHARED = (
-    "is_prefill", "input_ids", "positions", "slot_mapping", "context_lens", "cu_seqlens_q", "block_tables",
+    "input_ids", "positions", "slot_mapping", "context_lens", "cu_seqlens_q", "block_tables", "logit_rows",
     "prompt_logprob_rows",
 )  # fmt: skip
 
@@ -44,19 +44,22 @@ def test_decoded_batches_equal_those_that_were_built(seed):
             seq_id += 1
         if rng.random() < 0.02 and scheduler.running:
             scheduler.finish(rng.choice(scheduler.running), "abort")
-        seqs, is_prefill = scheduler.schedule()
+        seqs = scheduler.schedule()
         if not seqs:
             continue
-        batch = builder.prefill(seqs) if is_prefill else builder.decode(seqs)
+        batch = builder.build(seqs)
         arrived = there.decode(pickle.loads(pickle.dumps(here.encode(batch))))
         for name in SHARED:
             assert same(getattr(arrived, name), getattr(batch, name)), name
-        assert arrived.temperatures is arrived.uniforms is None and not arrived.rows_with_options
-        num_prefills, num_decodes = num_prefills + is_prefill, num_decodes + (not is_prefill)
+        assert arrived.temperatures is arrived.uniforms is None and not arrived.has_options
+        is_decode = batch.cu_seqlens_q is None
+        num_prefills, num_decodes = num_prefills + (not is_decode), num_decodes + is_decode
         if rng.random() < 0.03:
             scheduler.recover()
         else:
-            scheduler.postprocess(seqs, [rng.randrange(2) for _ in seqs])
+            ends = [seq.num_computed_tokens + seq.num_scheduled_tokens for seq in seqs]
+            complete = [end == len(seq) for seq, end in zip(seqs, ends, strict=True)]
+            scheduler.postprocess(seqs, [[rng.randrange(2)] * is_complete for is_complete in complete])
     assert num_prefills > 20 and num_decodes > 20
     assert scheduler.num_preemptions
 
@@ -69,12 +72,13 @@ def test_a_steady_decode_step_sends_the_last_tokens_and_the_cells_that_changed()
         scheduler.add(Sequence(i, [i] * length, SamplingParams(ignore_eos=True)))
     cells = []
     for step in range(5):
-        seqs, is_prefill = scheduler.schedule()
-        if not is_prefill:
-            seq_ids, tokens, lens, changed, block_ids = codec.encode(builder.decode(seqs))
+        seqs = scheduler.schedule()
+        batch = builder.build(seqs)
+        if batch.cu_seqlens_q is None:
+            seq_ids, tokens, lens, changed, block_ids = codec.encode(batch)
             assert tokens.dtype == np.int32 and tokens.tolist() == [7 + step - 1] * 2
             assert seq_ids == [0, 1] and lens.tolist() == [5 + step, 6 + step]
             assert len(changed) == len(block_ids)
             cells.append(changed.tolist())
-        scheduler.postprocess(seqs, [7 + step] * 2)
+        scheduler.postprocess(seqs, [[7 + step]] * 2)
     assert cells == [[1, 20, 21], [], [22], [2]]  # the ninth token of a sequence is in its third block

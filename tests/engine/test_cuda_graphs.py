@@ -10,7 +10,7 @@ from nanovllm.engine import cuda_graphs
 from nanovllm.engine.batch import Batch
 from nanovllm.engine.cuda_graphs import DecodeGraphs, graph_sizes
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.utils.context import Context, get_context
+from nanovllm.utils.context import Step, get_step
 
 CPU = torch.device("cpu")
 SETTINGS = {"kvcache_block_size": 8, "num_kvcache_blocks": 120, "dtype": "float32", "device": "cpu"}
@@ -66,7 +66,7 @@ def batch_of(lens: list[int], max_blocks: int, start: int = 0) -> Batch:
     n = len(lens)
     ids = np.arange(start, start + n)
     tables = 1 + start + np.arange(n * max_blocks, dtype=np.int32).reshape(n, max_blocks)
-    return Batch(False, ids, np.array(lens) - 1, 50 + ids, np.array(lens, np.int32), block_tables=tables)
+    return Batch(ids, np.array(lens) - 1, 50 + ids, np.array(lens, np.int32), block_tables=tables)
 
 
 @torch.inference_mode()
@@ -74,8 +74,8 @@ def test_rows_and_columns_of_an_earlier_batch_are_gone(captured):
     seen = []
 
     def model(input_ids, positions):
-        context = get_context()
-        rows = [input_ids, positions, context.slot_mapping, context.context_lens, context.block_tables]
+        step = get_step()
+        rows = [input_ids, positions, step.slot_mapping, step.decode.context_lens, step.decode.block_tables]
         seen.append([x.clone() for x in rows])
         return torch.stack([input_ids, positions], 1).float()
 
@@ -93,7 +93,7 @@ def test_rows_and_columns_of_an_earlier_batch_are_gone(captured):
         assert tables[:n].tolist() == batch.block_tables.tolist() and not tables[n:].any()
         assert out.tolist() == torch.stack([ids, positions], 1)[:n].tolist()
         assert [x.dtype for x in seen[-1]] == [torch.int64] * 3 + [torch.int32] * 2
-    assert get_context() == Context()
+    assert get_step() == Step()
 
 
 @pytest.fixture(scope="module")

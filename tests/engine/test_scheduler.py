@@ -1,5 +1,6 @@
 """The scheduler and the block manager against a plain model of the cache, over random histories."""
 
+import random
 import sys
 from collections import Counter, deque
 
@@ -12,6 +13,8 @@ from nanovllm.engine import block_manager as block_manager_module
 from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.batch import BatchBuilder
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.drafts import Drafter
+from nanovllm.engine.sampling import split_samples
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.sampling_params import SamplingParams
@@ -35,12 +38,37 @@ def complete(prompt: list[int], max_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+class Guesser(Drafter):
+    """Guesses the true next tokens, and now and then a wrong one."""
+
+    def __init__(self, seed: int):
+        super().__init__(4, 100)
+        self.rng = random.Random(seed)
+        self.num_right = self.num_wrong = 0
+
+    def draft(self, seqs: list[Sequence], num_tokens: int) -> list[tuple[Sequence, tuple[int, ...]]]:
+        drafts = []
+        for seq in seqs:
+            tokens, guesses = tuple(seq.token_ids), []
+            for _ in range(min(self.rng.randrange(1, 6), seq.max_len - len(seq) - 1)):
+                guesses.append(next_token((*tokens, *guesses)) if self.rng.random() < 0.9 else self.rng.randrange(16))
+            if guesses:
+                drafts.append((seq, tuple(guesses)))
+        return drafts
+
+    def learn(self, seq: Sequence, num_right: int, num_drafts: int) -> None:
+        self.num_right += num_right
+        self.num_wrong += num_right < num_drafts
+
+
 class Engine:
     """The control plane with a plain model in place of the tensors: a slot holds all tokens up to the one stored."""
 
-    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int):
+    def __init__(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, drafter: Drafter | None = None
+    ):
         self.manager = BlockManager(num_blocks, block_size)
-        self.scheduler = Scheduler(self.manager, max_num_seqs, budget)
+        self.scheduler = Scheduler(self.manager, max_num_seqs, budget, drafter)
         self.builder = BatchBuilder(block_size, -(-MAX_MODEL_LEN // block_size))
         self.slots: dict[int, tuple[int, ...]] = {}
         self.requests: dict[int, tuple[Sequence, list[int]]] = {}
@@ -84,12 +112,12 @@ class Engine:
         return seq.block_table[position // size] * size + position % size
 
     def step(self, fail: bool = False) -> None:
-        seqs, is_prefill = self.scheduler.schedule()
+        seqs = self.scheduler.schedule()
         self.num_steps += 1
         if not seqs:
             return
-        batch = self.builder.prefill(seqs) if is_prefill else self.builder.decode(seqs)
-        self.check_schedule(seqs, is_prefill)
+        batch = self.builder.build(seqs)
+        self.check_schedule(seqs)
         if fail:
             self.scheduler.recover()
             self.check_invariants()
@@ -97,7 +125,7 @@ class Engine:
         self.copy_blocks()
         written = []
         for seq in seqs:
-            tokens = tuple(seq.token_ids)
+            tokens = (*seq.token_ids, *seq.draft_ids)
             end = seq.num_computed_tokens + seq.num_scheduled_tokens
             for position in range(seq.num_computed_tokens):  # before this step's tokens are stored
                 assert self.slots[self.slot(seq, position)] == tokens[: position + 1]
@@ -106,15 +134,21 @@ class Engine:
         assert batch.slot_mapping.tolist() == [slot for slot, _ in written]
         assert batch.input_ids.tolist() == [tokens[-1] for _, tokens in written]
         assert batch.positions.tolist() == [len(tokens) - 1 for _, tokens in written]
-        assert batch.context_lens.tolist() == [s.num_computed_tokens + s.num_scheduled_tokens for s in seqs]
+        num_decode = batch.num_decode
+        owners = [seq for seq in seqs for _ in range(seq.num_scheduled_tokens)][:num_decode]
+        chunks = seqs[len(set(owners)) :]
+        ends = [seq.num_computed_tokens + seq.num_scheduled_tokens for seq in chunks]
+        assert batch.context_lens.tolist() == [len(tokens) for _, tokens in written[:num_decode]] + ends
         if batch.block_tables is not None:
-            for row, seq in zip(batch.block_tables.tolist(), seqs, strict=True):
+            for row, seq in zip(batch.block_tables.tolist(), owners + chunks, strict=True):
                 assert row[: len(seq.block_table)] == seq.block_table
         self.slots.update(written)
-        self.scheduler.postprocess(seqs, [next_token(tuple(seq.token_ids)) for seq in seqs])
+        rows = range(len(written)) if batch.logit_rows is None else batch.logit_rows
+        samples = [next_token(written[row][1]) for row in rows]
+        self.scheduler.postprocess(seqs, split_samples(samples, seqs, batch.num_sampled))
         self.check_invariants()
 
-    def check_schedule(self, seqs: list[Sequence], is_prefill: bool) -> None:
+    def check_schedule(self, seqs: list[Sequence]) -> None:
         scheduler, manager = self.scheduler, self.manager
         assert len(scheduler.running) <= scheduler.max_num_seqs
         for seq in seqs:
@@ -122,11 +156,12 @@ class Engine:
             assert len(seq.block_table) == manager.num_blocks_for(seq.num_computed_tokens + seq.num_scheduled_tokens)
             first_new_block = seq.num_computed_tokens // manager.block_size
             assert all(manager.blocks[b].ref_count == 1 for b in seq.block_table[first_new_block:]), "shared, written"
-        if is_prefill:
-            assert sum(seq.num_scheduled_tokens for seq in seqs) <= scheduler.max_num_batched_tokens
-        else:
-            assert seqs == scheduler.running
-            assert all(seq.num_scheduled_tokens == 1 for seq in seqs)
+        num_decode = scheduler.num_decode_tokens
+        num_running = num_decode - sum(len(seq.draft_ids) for seq in seqs)
+        assert all(seq.num_scheduled_tokens == 1 + len(seq.draft_ids) for seq in seqs[:num_running])
+        assert not any(seq.draft_ids for seq in seqs[num_running:])
+        assert sum(seq.num_scheduled_tokens for seq in seqs) <= max(scheduler.max_num_batched_tokens, num_decode)
+        assert set(scheduler.running) <= set(seqs)
 
     def check_invariants(self) -> None:
         manager, scheduler = self.manager, self.scheduler
@@ -172,15 +207,15 @@ class Engine:
 
 
 class History(RuleBasedStateMachine):
-    total_steps = 0
-    preemptions = 0
+    total_steps = preemptions = right = wrong = 0
 
     @initialize(
         num_blocks=st.integers(2, 24), block_size=st.integers(1, 5), max_num_seqs=st.integers(1, 6),
-        budget=st.integers(1, 40), foresight=st.booleans(),
+        budget=st.integers(1, 40), foresight=st.booleans(), seed=st.none() | st.integers(0, 99),
     )  # fmt: skip
-    def start(self, num_blocks, block_size, max_num_seqs, budget, foresight):
-        self.engine = Engine(num_blocks, block_size, max_num_seqs, budget)
+    def start(self, num_blocks, block_size, max_num_seqs, budget, foresight, seed):
+        """With a seed, guesses of the next tokens are computed too."""
+        self.engine = Engine(num_blocks, block_size, max_num_seqs, budget, None if seed is None else Guesser(seed))
         if not foresight:
             self.engine.scheduler.output_ratio = 0.0
 
@@ -217,6 +252,9 @@ class History(RuleBasedStateMachine):
             self.engine.drain()
             type(self).total_steps += self.engine.num_steps
             type(self).preemptions += self.engine.scheduler.num_preemptions
+            if drafter := self.engine.scheduler.drafter:
+                type(self).right += drafter.num_right
+                type(self).wrong += drafter.num_wrong
 
 
 @pytest.mark.parametrize("hash_bits", [64, 2])
@@ -224,10 +262,10 @@ def test_random_histories_keep_the_invariants(hash_bits, monkeypatch):
     """With a 2-bit hash nearly every look-up collides."""
     true_hash = block_manager_module.xxh64_intdigest
     monkeypatch.setattr(block_manager_module, "xxh64_intdigest", lambda data: true_hash(data) % 2**hash_bits)
-    History.total_steps = History.preemptions = 0
+    History.total_steps = History.preemptions = History.right = History.wrong = 0
     run_state_machine_as_test(History, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
     assert History.total_steps >= 2000
-    assert History.preemptions > 0
+    assert History.preemptions > 0 and History.right > 30 and History.wrong > 20
 
 
 def run(engine: Engine, prompts: list[list[int]], max_tokens: int = 8) -> list[list[tuple[int, int]]]:
@@ -238,10 +276,11 @@ def run(engine: Engine, prompts: list[list[int]], max_tokens: int = 8) -> list[l
     schedule = engine.scheduler.schedule
 
     def recording():
-        seqs, is_prefill = schedule()
-        if is_prefill:
-            prefills.append([(seq.seq_id, seq.num_scheduled_tokens) for seq in seqs])
-        return seqs, is_prefill
+        seqs = schedule()
+        prompts = seqs[engine.scheduler.num_decode_tokens :]
+        if prompts:
+            prefills.append([(seq.seq_id, seq.num_scheduled_tokens) for seq in prompts])
+        return seqs
 
     engine.scheduler.schedule = recording
     engine.drain()
@@ -387,5 +426,4 @@ def test_ending_a_sequence_does_not_look_at_those_that_wait():
         scheduler.add(seq)
     for seq in seqs[::2]:
         scheduler.finish(seq, "abort")
-    scheduled, _ = scheduler.schedule()
-    assert scheduled == seqs[1:16:2]
+    assert scheduler.schedule() == seqs[1:16:2]

@@ -77,11 +77,11 @@ def test_prefill_and_decode_match_the_reference(name, kv_heads, group, head_dim,
     new = [row for row in rows if case.lens[row] > 1]
     case.store([(row, 0, cached[row]) for row in new])
     parts = [(row, cached[row], case.lens[row] - 1) for row in new]
-    slots = case.store(parts)
+    case.store(parts)
     lens_q = torch.tensor([0] + [end - start for _, start, end in parts])
     lens_k = torch.tensor([0] + [end for _, _, end in parts])
     context = Context(
-        is_prefill=True, slot_mapping=slots, block_tables=case.tables[new], context_lens=lens_k[1:].int(),
+        block_tables=case.tables[new], context_lens=lens_k[1:].int(),
         cu_seqlens_q=lens_q.cumsum(0).int(), cu_seqlens_k=lens_k.cumsum(0).int(),
         max_seqlen_q=int(lens_q.max()), max_seqlen_k=int(lens_k.max()),
     )  # fmt: skip
@@ -89,9 +89,9 @@ def test_prefill_and_decode_match_the_reference(name, kv_heads, group, head_dim,
     truth = [reference(case.q[row][start:end], case.k[row][:end], case.v[row][:end]) for row, start, end in parts]
     close(case.backend.prefill(q, k, v, *case.caches, context), torch.cat(truth), dtype)
 
-    slots = case.store([(row, case.lens[row] - 1, case.lens[row]) for row in rows])
+    case.store([(row, case.lens[row] - 1, case.lens[row]) for row in rows])
     context = Context(
-        slot_mapping=slots, block_tables=case.tables, context_lens=torch.tensor(case.lens, dtype=torch.int32),
+        block_tables=case.tables, context_lens=torch.tensor(case.lens, dtype=torch.int32),
         max_seqlen_q=1, max_seqlen_k=max(case.lens),
     )  # fmt: skip
     truth = [reference(case.q[row][-1:], case.k[row], case.v[row]) for row in rows]

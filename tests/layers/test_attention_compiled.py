@@ -40,8 +40,8 @@ def launch_step(num_tokens: int, num_seqs: int, shape: tuple[int, int, int, int]
     TritonAttention.store(k, v, *caches, slots)
     tables, bounds = int32(num_seqs, columns), int32(num_seqs + 1)
     for block_tables in (None, tables):
-        TritonAttention.prefill(q, k, v, *caches, Context(True, bounds, bounds, 1, 1, slots, None, block_tables))
-    context = Context(slot_mapping=slots, context_lens=int32(num_seqs), block_tables=tables)
+        TritonAttention.prefill(q, k, v, *caches, Context(bounds, bounds, 1, 1, None, block_tables))
+    context = Context(context_lens=int32(num_seqs), block_tables=tables)
     TritonAttention.decode(qkv.new_empty(num_seqs, num_heads, head_dim), *caches, context)
 
 

@@ -242,7 +242,7 @@ def test_prefill_and_decode_match_the_reference(name, has_prefix, kv_heads, grou
     slots = torch.cat([case.slots(*part) for part in parts])
     backend.store(k, v, *case.caches, slots)
     context = Context(
-        True, bounds(lens_q), bounds(lens_k), max(lens_q), max(lens_k), slots, torch.tensor(lens_k).int(),
+        bounds(lens_q), bounds(lens_k), max(lens_q), max(lens_k), torch.tensor(lens_k).int(),
         case.tables[rows] if has_prefix else None,
     )  # fmt: skip
     out = backend.prefill(q, k, v, *case.caches, context)

@@ -91,7 +91,7 @@ class Case:
     def prefill_context(self, paged: bool) -> Context:
         lens_q, lens_k = (torch.tensor([0, *lens]).cumsum(0).int().to(DEVICE) for lens in (self.new, self.lens))
         return Context(
-            is_prefill=True, cu_seqlens_q=lens_q, cu_seqlens_k=lens_k, max_seqlen_q=max(self.new),
+            cu_seqlens_q=lens_q, cu_seqlens_k=lens_k, max_seqlen_q=max(self.new),
             max_seqlen_k=max(self.lens), block_tables=self.tables.to(DEVICE) if paged else None,
         )  # fmt: skip
 

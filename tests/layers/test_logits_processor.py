@@ -49,9 +49,9 @@ def draw(logits: torch.Tensor, params: SamplingParams, n: int, key: int = 0) -> 
     uniforms = torch.from_numpy(splitmix64(np.full(n, key, dtype=np.uint64), np.arange(n)))
     tokens = []
     for part in uniforms.split(500):
-        rows = [(row, seq) for row in range(len(part))]
         temperatures = torch.full((len(part),), params.temperature)
-        tokens += sample_with_options(logits.expand(len(part), -1), temperatures, part, rows)
+        sampled = sample_with_options(logits.expand(len(part), -1), temperatures, part, [seq] * len(part))
+        tokens += [token_id for [token_id] in sampled]
     return torch.tensor(tokens)
 
 
@@ -146,10 +146,10 @@ def test_many_rows_are_filtered_in_parts_of_bounded_memory(monkeypatch):
     logits, uniforms = torch.randn(7, VOCAB) * 2, torch.rand(7).double()
     temperatures = torch.tensor([0.5, 1.0, 0.0, 2.0, 1.0, 1.0, 0.7])
     seqs = [Sequence(i, [], SamplingParams(temperature=t.item(), top_p=0.6)) for i, t in enumerate(temperatures)]
-    expected = sample_with_options(logits, temperatures, uniforms, list(enumerate(seqs)))
+    expected = sample_with_options(logits, temperatures, uniforms, seqs)
     monkeypatch.setattr(sampling, "FILTER_LOGITS", 2 * VOCAB)
     monkeypatch.setattr(sampling, "filter_logits", lambda x, *rest: sizes.append(len(x)) or filter_part(x, *rest))
-    assert sample_with_options(logits, temperatures, uniforms, list(enumerate(seqs))) == expected
+    assert sample_with_options(logits, temperatures, uniforms, seqs) == expected
     assert sizes == [2, 2, 2]  # greedy needs no filter
 
 
@@ -208,7 +208,7 @@ def test_a_request_that_forbids_everything_ignores_its_rules_with_a_warning():
     seq = Sequence(0, [5], SamplingParams(allowed_token_ids=[1], min_tokens=1), frozenset([1]))
     seq.num_scheduled_tokens = 1
     with pytest.warns(UserWarning, match="forbid every token"):
-        [token] = sample_with_options(torch.randn(1, VOCAB), None, None, [(0, seq)])
+        [[token]] = sample_with_options(torch.randn(1, VOCAB), None, None, [seq])
     assert 0 <= token < VOCAB
 
 
