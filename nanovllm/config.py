@@ -18,7 +18,7 @@ from nanovllm.layers.attention import BACKENDS
 from nanovllm.layers.rotary_embedding import rope_settings
 from nanovllm.models import MODELS
 from nanovllm.utils.checks import check_bool, check_choice, check_float, check_int, nearest_name, reading
-from nanovllm.utils.device import default_batched_tokens, resolve_device, suitable_dtype
+from nanovllm.utils.device import default_batched_tokens, default_chunk_tokens, resolve_device, suitable_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
@@ -85,11 +85,13 @@ class Config:
     model_path: Path = field(init=False)
     architecture: str = field(init=False)
     eos_token_ids: frozenset[int] = field(init=False)
+    chunk_tokens: int = field(init=False)  # of a prompt beside sequences that decode, see `Scheduler`
 
     def __post_init__(self) -> None:
         self.device = resolve_device(str(self.device))
         if self.max_num_batched_tokens is None:
             self.max_num_batched_tokens = default_batched_tokens(self.device)
+        self.chunk_tokens = default_chunk_tokens(self.device)
         self._check_ranges()
         self.model_path = resolve_model(self.model)
         if self.hf_config is None:

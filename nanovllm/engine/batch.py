@@ -5,6 +5,7 @@ Legend: T tokens in the step, D and C sequences, B block-table columns, R tokens
 
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Batch:
     temperatures: np.ndarray | None = None  # [R] float32, None if all are greedy
     uniforms: np.ndarray | None = None  # [R] float64 in [0, 1), one draw each, None if all are greedy
     has_options: bool = False  # some sequence asks for more than a temperature
-    seq_ids: list[int] | None = None  # [D] of the rows, if there are no chunks
+    seq_ids: list[int] | None = None  # [D + C]
     prompt_logprob_rows: np.ndarray | None = None  # tokens of which the next one's log-probability is wanted
 
     @property
@@ -49,28 +50,57 @@ class BatchBuilder:
 
     def build(self, seqs: list[Sequence]) -> Batch:
         """The scheduled tokens of each sequence; those with chunks come last."""
-        starts = np.array([seq.num_computed_tokens for seq in seqs])
-        lens = np.array([seq.num_scheduled_tokens for seq in seqs])
-        known = np.array([len(seq.token_ids) for seq in seqs])
+        starts = np.fromiter(map(attrgetter("num_computed_tokens"), seqs), np.int64, len(seqs))
+        lens = np.fromiter(map(attrgetter("num_scheduled_tokens"), seqs), np.int64, len(seqs))
         ends = starts + lens
         self._update(seqs, starts, ends)
-        # What brings a prompt's last token alone is a decode, too: it is computed in the same way.
+        # What brings a prompt's last token alone is a decode, too: it is computed in the same way. Only the last
+        # sequence may be a prompt that is not complete.
+        is_plain = lens.max() == 1 and ends[-1] == len(seqs[-1])
+        batch = self._decode(seqs, ends) if is_plain else self._mixed(seqs, starts, lens, ends)
+        if self._temperatures.any():
+            temperatures, keys, positions = self._temperatures, self._keys, batch.positions
+            if not is_plain:
+                rows = np.repeat(self._rows, lens)
+                if batch.logit_rows is not None:
+                    rows, positions = rows[batch.logit_rows], positions[batch.logit_rows]
+                temperatures, keys = temperatures[rows], keys[rows]
+            # A token's draw depends on its request and its position alone.
+            batch.temperatures, batch.uniforms = temperatures, splitmix64(keys, positions + 1)
+        return batch
+
+    def _decode(self, seqs: list[Sequence], ends: np.ndarray) -> Batch:
+        """The last token of each sequence."""
+        positions = ends - 1
+        return Batch(
+            input_ids=np.array([seq.token_ids[-1] for seq in seqs]),
+            positions=positions,
+            slot_mapping=find_slots(self._tables, self._rows, positions, self.block_size),
+            context_lens=ends.astype(np.int32),
+            block_tables=self._tables,
+            seq_ids=self._seq_ids,
+            has_options=self._has_options,
+        )
+
+    def _mixed(self, seqs: list[Sequence], starts: np.ndarray, lens: np.ndarray, ends: np.ndarray) -> Batch:
+        """Last tokens with their drafts, and chunks."""
+        known = np.array([len(seq) for seq in seqs])
         is_chunk = (known - starts > 1) | (ends < known)
         num_decode = int(is_chunk.argmax()) if is_chunk.any() else len(seqs)
-        rows, positions, tables, num_tokens = self._rows, starts, self._tables, num_decode
-        is_mixed = num_decode < len(seqs) or lens.max() > 1
-        if is_mixed:
-            rows, num_tokens = np.repeat(self._rows, lens), int(lens[:num_decode].sum())
-            positions = np.arange(len(rows)) + np.repeat(ends - lens.cumsum(), lens)
-        context_lens = np.concatenate([positions[:num_tokens] + 1, ends[num_decode:]]).astype(np.int32)
-        if num_tokens > num_decode:  # drafts
-            tables = tables[np.concatenate([rows[:num_tokens], self._rows[num_decode:]])]
+        num_tokens, tables = int(lens[:num_decode].sum()), self._tables
+        rows = np.repeat(self._rows, lens)
+        positions = np.arange(len(rows)) + np.repeat(ends - lens.cumsum(), lens)
+        context_lens, seq_ids = np.concatenate([positions[:num_tokens] + 1, ends[num_decode:]]), self._seq_ids
+        if num_tokens > num_decode:  # a row for each draft
+            table_rows = np.concatenate([rows[:num_tokens], self._rows[num_decode:]])
+            tables, seq_ids = tables[table_rows], [seq_ids[row] for row in table_rows.tolist()]
         batch = Batch(
             input_ids=_input_ids(seqs, starts, ends, num_decode),
             positions=positions,
             slot_mapping=find_slots(self._tables, rows, positions, self.block_size),
-            context_lens=context_lens,
+            context_lens=context_lens.astype(np.int32),
             block_tables=tables if num_tokens or starts.any() else None,
+            seq_ids=seq_ids,
             has_options=self._has_options,
         )
         if num_tokens < len(positions):
@@ -78,11 +108,7 @@ class BatchBuilder:
             lasts = lens.cumsum()[num_decode:][(ends == known)[num_decode:]] - 1  # of the chunks that end a prompt
             batch.logit_rows = np.concatenate([np.arange(num_tokens), lasts])
             batch.prompt_logprob_rows = _prompt_logprob_rows(seqs, rows, positions)
-        else:
-            batch.seq_ids = [self._seq_ids[row] for row in rows.tolist()] if is_mixed else self._seq_ids
-        if is_mixed:
-            batch.num_sampled = np.where(is_chunk, ends == known, lens)
-        self._draw(batch, rows, positions)
+        batch.num_sampled = np.where(is_chunk, ends == known, lens)
         return batch
 
     def _update(self, seqs: list[Sequence], starts: np.ndarray, ends: np.ndarray) -> None:
@@ -102,14 +128,6 @@ class BatchBuilder:
             self._keys = np.array([seq.rng_key for seq in seqs], dtype=np.uint64)
             self._has_options = any(seq.has_options for seq in seqs)
         self._num_blocks, self._ends = num_blocks, ends
-
-    def _draw(self, batch: Batch, rows: np.ndarray, positions: np.ndarray) -> None:
-        """Sets what is needed to sample: a token's draw depends on its request and its position alone."""
-        if not self._temperatures.any():
-            return
-        if batch.logit_rows is not None:
-            rows, positions = rows[batch.logit_rows], positions[batch.logit_rows]
-        batch.temperatures, batch.uniforms = self._temperatures[rows], splitmix64(self._keys[rows], positions + 1)
 
 
 def _input_ids(seqs: list[Sequence], starts: np.ndarray, ends: np.ndarray, num_decode: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """A batch on its way to the other ranks: what rank 0 alone uses stays there, block tables go as what changed in them.
 
-Legend: S sequences, B block-table columns, C cells of the block tables that changed.
+Legend: S rows of a batch, B block-table columns, C cells of the block tables that changed.
 """
 
 from dataclasses import replace
@@ -9,12 +9,14 @@ import numpy as np
 
 from nanovllm.engine.batch import Batch, find_slots
 
-# A prefill's batch; or a decode step's ids, last tokens and lengths of S sequences, C flat indices and what is there.
-Message = tuple[Batch] | tuple[list[int], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+# Of a decode, ids, tokens and lengths of its rows; of other steps the batch without its block tables. Then what changed
+# in these: C flat indices and what is there, None if the step needs none.
+Cells = np.ndarray | None
+Message = tuple[list[int], np.ndarray, np.ndarray, Cells, Cells] | tuple[Batch, Cells, Cells]
 
 
 class BatchCodec:
-    """Each end keeps the block tables of the last decode step, with the `max_blocks` columns of a full one."""
+    """Each end keeps the block tables of the last step, with the `max_blocks` columns of a full one."""
 
     def __init__(self, block_size: int, max_blocks: int):
         self.block_size = block_size
@@ -23,21 +25,27 @@ class BatchCodec:
 
     def encode(self, batch: Batch) -> Message:
         """What `decode` at the other end needs; each batch must go through both, in the same order."""
-        if batch.cu_seqlens_q is not None:
-            return (replace(batch, temperatures=None, uniforms=None, num_sampled=None, has_options=False),)
-        self._rearrange(batch.seq_ids)
-        cells = np.flatnonzero(batch.block_tables != self._tables).astype(np.int32)
-        block_ids = batch.block_tables.take(cells)
-        self._tables.put(cells, block_ids)
-        return batch.seq_ids, batch.input_ids.astype(np.int32), batch.context_lens, cells, block_ids
+        cells = block_ids = None
+        if batch.block_tables is not None:
+            self._rearrange(batch.seq_ids)
+            cells = np.flatnonzero(batch.block_tables != self._tables).astype(np.int32)
+            block_ids = batch.block_tables.take(cells)
+            self._tables.put(cells, block_ids)
+        if batch.cu_seqlens_q is None:
+            return batch.seq_ids, batch.input_ids.astype(np.int32), batch.context_lens, cells, block_ids
+        own = {"block_tables": None, "temperatures": None, "uniforms": None, "num_sampled": None, "has_options": False}
+        return replace(batch, **own), cells, block_ids
 
     def decode(self, message: Message) -> Batch:
         """The batch without what concerns sampling."""
-        if len(message) == 1:
-            return message[0]
-        seq_ids, input_ids, context_lens, cells, block_ids = message
-        self._rearrange(seq_ids)
-        self._tables.put(cells, block_ids)
+        *rest, cells, block_ids = message
+        seq_ids = rest[0].seq_ids if len(rest) == 1 else rest[0]
+        if cells is not None:
+            self._rearrange(seq_ids)
+            self._tables.put(cells, block_ids)
+        if len(rest) == 1:
+            return replace(rest[0], block_tables=None if cells is None else self._tables)
+        _, input_ids, context_lens = rest
         rows, positions = np.arange(len(seq_ids)), context_lens.astype(np.int64) - 1
         return Batch(
             input_ids=input_ids.astype(np.int64),
@@ -45,6 +53,7 @@ class BatchCodec:
             slot_mapping=find_slots(self._tables, rows, positions, self.block_size),
             context_lens=context_lens,
             block_tables=self._tables,
+            seq_ids=seq_ids,
         )
 
     def _rearrange(self, seq_ids: list[int]) -> None:

@@ -82,7 +82,6 @@ class EngineLoop(CallLoop):
         seqs: list[Sequence] = []
         try:
             seqs = scheduler.schedule()
-            num_tokens = sum(seq.num_scheduled_tokens for seq in seqs)
             copies, manager.copies = manager.copies, []
             if copies:
                 self.model_runner.copy_blocks(copies)
@@ -93,13 +92,14 @@ class EngineLoop(CallLoop):
             self._fail(error, seqs)
             raise
         seconds = perf_counter() - start
-        for kind, n in ((True, num_tokens - scheduler.num_decode_tokens), (False, scheduler.num_decode_tokens)):
-            self.num_tokens[kind] += n
-            self.seconds[kind] += seconds * n / max(num_tokens, 1)  # a step's share is that of its tokens
-        if scheduler.drafter is not None and num_tokens == scheduler.num_decode_tokens:
-            scheduler.drafter.observe(num_tokens, seconds)
+        num_prefill, num_decode = scheduler.num_prefill_tokens, scheduler.num_decode_tokens
+        for is_prefill, n in ((True, num_prefill), (False, num_decode)):
+            self.num_tokens[is_prefill] += n
+            self.seconds[is_prefill] += seconds * n / max(num_prefill + num_decode, 1)  # a share by tokens
+        if scheduler.drafter is not None and not num_prefill:
+            scheduler.drafter.observe(num_decode, seconds)
         self.step_times[min(int(1000 * seconds).bit_length(), NUM_BUCKETS - 1)] += bool(seqs)
-        return num_tokens if num_tokens > scheduler.num_decode_tokens else -num_tokens
+        return num_prefill + num_decode if num_prefill else -num_decode
 
     def _report(self, seqs: list[Sequence]) -> None:
         """Reads the text of those that wait for a stop string, and tells the watchers of a step's sequences."""

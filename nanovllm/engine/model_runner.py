@@ -245,21 +245,20 @@ class ModelRunner:
 
 def make_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Step]:
     """[T] token ids, [T] positions, and what the layers need to know of a batch, on their device."""
-    n, bounds_k = batch.num_decode, None
-    lens, lens_q = batch.context_lens, np.zeros(0, dtype=np.int32)
+    n, lens, bounds = batch.num_decode, batch.context_lens, []
     if batch.cu_seqlens_q is not None:
-        bounds_k = np.concatenate([[0], lens[n:].cumsum()]).astype(np.int32)
-        lens_q = np.diff(batch.cu_seqlens_q)
-    arrays = batch.input_ids, batch.positions, batch.slot_mapping, lens, batch.block_tables, batch.logit_rows
-    uploaded = upload([*arrays, batch.cu_seqlens_q, bounds_k], device)
-    input_ids, positions, slot_mapping, context_lens, tables, logit_rows, *bounds = uploaded
-    step = Step(slot_mapping=slot_mapping, logit_rows=logit_rows)
-    if n:
-        step.decode = Context(None, None, 1, int(lens[:n].max()), context_lens[:n], tables[:n])
-    if len(lens_q):
-        max_seqlens = int(lens_q.max()), int(lens[n:].max())
-        step.prefill = Context(*bounds, *max_seqlens, context_lens[n:], None if tables is None else tables[n:])
-    return input_ids, positions, step
+        bounds = [batch.cu_seqlens_q, np.concatenate([[0], lens[n:].cumsum()]).astype(np.int32), batch.logit_rows]
+    arrays = batch.input_ids, batch.positions, batch.slot_mapping, lens, batch.block_tables
+    uploaded = upload([*arrays, *bounds], device)
+    input_ids, positions, slot_mapping, context_lens, tables, *bounds = uploaded
+    if not bounds:
+        decode = Context(None, None, 1, int(lens.max()), context_lens, tables)
+        return input_ids, positions, Step(decode, None, slot_mapping)
+    *bounds, logit_rows = bounds
+    max_seqlens = int(np.diff(batch.cu_seqlens_q).max()), int(lens[n:].max())
+    prefill = Context(*bounds, *max_seqlens, context_lens[n:], None if tables is None else tables[n:])
+    decode = Context(None, None, 1, int(lens[:n].max()), context_lens[:n], tables[:n]) if n else None
+    return input_ids, positions, Step(decode, prefill, slot_mapping, logit_rows)
 
 
 def _score_prompts(seqs: list[Sequence], batch: Batch, rows: np.ndarray, logits: Tensor) -> None:

@@ -24,10 +24,11 @@ class Scheduler:
     """
 
     def __init__(
-        self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int,
+        self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, chunk_tokens: int = 2**31,
         drafter: Drafter | None = None
     ):  # fmt: skip
         self.block_manager = block_manager
+        self.chunk_tokens = chunk_tokens  # of prompts, that take about as long as a decode step of few sequences
         self.drafter = drafter
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -41,7 +42,7 @@ class Scheduler:
         self.num_output_tokens = 0
         # The share of `max_tokens` that finished requests used: how long the running ones are expected to go on.
         self.output_ratio = 1.0
-        self.num_decode_tokens = 0  # that running sequences bring to the step
+        self.num_decode_tokens = self.num_prefill_tokens = 0  # of the step: of running sequences, and of prompts
         self._has_preempted = False  # in this step
         self._admission_failed = False  # nothing was released since the head of `waiting` did not fit
         self._forked: list[Sequence] = []  # running ones that may share the block which they write to next
@@ -52,7 +53,8 @@ class Scheduler:
     def of(cls, config: Config, block_manager: BlockManager) -> Scheduler:
         most = config.speculative_tokens
         drafter = Drafter(most, config.max_decode_tokens) if most else None
-        return cls(block_manager, config.max_num_seqs, config.max_num_batched_tokens, drafter)
+        sizes = config.max_num_seqs, config.max_num_batched_tokens, config.chunk_tokens
+        return cls(block_manager, *sizes, drafter)
 
     def is_finished(self) -> bool:
         return not self.sequences
@@ -67,11 +69,10 @@ class Scheduler:
         First all that are running, with a token each and perhaps drafts of the next, then prompts. None at all: nothing
         is left to run, which also happens when the last one has outgrown the cache (see `finished`).
         """
-        self._has_preempted = False
+        self._has_preempted, self.num_prefill_tokens = False, 0
         seqs = self._schedule_running()
-        self.num_decode_tokens = sum(seq.num_scheduled_tokens for seq in seqs)
         if not self._has_preempted:  # else there is no room for more
-            seqs += self._schedule_waiting(self.max_num_batched_tokens - self.num_decode_tokens)
+            seqs += self._schedule_waiting(self._prompt_budget())
         while self.held and not seqs and self._head():  # those that keep blocks are in the way
             self.drop_held([next(reversed(self.held.values()))])
             seqs = self._schedule_waiting(self.max_num_batched_tokens)
@@ -88,7 +89,8 @@ class Scheduler:
             seq.num_computed_tokens = num_computed = seq.num_computed_tokens + num_new
             is_complete = num_computed >= len(seq.token_ids)
             if is_complete and seq.error is None and num_computed < seq.max_len:  # else it was only to be scored
-                seq.token_ids.extend(token_ids)
+                for token_id in token_ids:
+                    seq.token_ids.append(token_id)
                 self.num_output_tokens += len(token_ids)
             if num_computed % block_size < num_new:
                 self.block_manager.publish(seq, num_new)
@@ -154,6 +156,7 @@ class Scheduler:
                 manager.allocate(seq, 1)
         for seq in self.running:
             seq.num_scheduled_tokens = 1
+        self.num_decode_tokens = len(self.running)
         if self.drafter is not None and (len(self.running) == self.max_num_seqs or not self._head()):
             self._add_drafts(self.drafter)
         return list(self.running)
@@ -165,6 +168,7 @@ class Scheduler:
             if self.block_manager.num_blocks_missing(seq, 1 + len(draft_ids)) <= self.block_manager.num_free_blocks:
                 self.block_manager.allocate(seq, 1 + len(draft_ids))
                 seq.draft_ids, seq.num_scheduled_tokens = draft_ids, 1 + len(draft_ids)
+                self.num_decode_tokens += len(draft_ids)
 
     def _settle(self, seq: Sequence, token_ids: list[int]) -> list[int]:
         """The tokens that are kept of those that its drafts foresaw, up to an end. Gives back what the rest had."""
@@ -192,6 +196,14 @@ class Scheduler:
             self.num_preemptions += 1
 
     # ---- waiting ones
+
+    def _prompt_budget(self) -> int:
+        """Tokens of prompts in this step: as many as fit until half the batch decodes, for the sooner it is full the
+        better. Then so few that they take no longer than what decodes, which else would wait for them.
+        """
+        budget, num_running = self.max_num_batched_tokens - self.num_decode_tokens, len(self.running)
+        is_filling = min(len(self.waiting), self.max_num_seqs - num_running) > num_running
+        return budget if not num_running or is_filling else min(budget, num_running + self.chunk_tokens)
 
     def _head(self) -> Sequence | None:
         """The first that waits. Those that were ended while they waited are only now taken off."""
@@ -227,6 +239,7 @@ class Scheduler:
             manager.allocate(seq, num_tokens)
             seq.num_scheduled_tokens = num_tokens
             budget -= num_tokens
+            self.num_prefill_tokens += num_tokens
             seqs.append(seq)
             computing.update(manager.hashes(seq)[seq.num_computed_tokens // block_size :])
             if seq.num_computed_tokens + num_tokens < len(seq):

@@ -116,6 +116,14 @@ def default_batched_tokens(device: torch.device) -> int:
     return 1024 if device.type == "cpu" else 16384
 
 
+def default_chunk_tokens(device: torch.device) -> int:
+    """How many tokens of a prompt take about as long to compute as a decode step to read the weights, launches and all.
+
+    A constant, and no measurement, so that a call computes the same each time.
+    """
+    return 16 if device.type == "cpu" else 2048
+
+
 def default_cache_bytes(device: torch.device, available: int) -> int:
     """The KV cache's share of the available memory: all of it on CUDA; on the CPU half of it, at most 4 GiB."""
     return available if device.type == "cuda" else min(CPU_CACHE_BYTES, available // 2)

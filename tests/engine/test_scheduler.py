@@ -65,10 +65,11 @@ class Engine:
     """The control plane with a plain model in place of the tensors: a slot holds all tokens up to the one stored."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, drafter: Drafter | None = None
-    ):
+        self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, chunk: int = 2**31,
+        drafter: Drafter | None = None
+    ):  # fmt: skip
         self.manager = BlockManager(num_blocks, block_size)
-        self.scheduler = Scheduler(self.manager, max_num_seqs, budget, drafter)
+        self.scheduler = Scheduler(self.manager, max_num_seqs, budget, chunk, drafter)
         self.builder = BatchBuilder(block_size, -(-MAX_MODEL_LEN // block_size))
         self.slots: dict[int, tuple[int, ...]] = {}
         self.requests: dict[int, tuple[Sequence, list[int]]] = {}
@@ -211,11 +212,13 @@ class History(RuleBasedStateMachine):
 
     @initialize(
         num_blocks=st.integers(2, 24), block_size=st.integers(1, 5), max_num_seqs=st.integers(1, 6),
-        budget=st.integers(1, 40), foresight=st.booleans(), seed=st.none() | st.integers(0, 99),
+        budget=st.integers(1, 40), foresight=st.booleans(), chunk=st.integers(0, 9),
+        seed=st.none() | st.integers(0, 99),
     )  # fmt: skip
-    def start(self, num_blocks, block_size, max_num_seqs, budget, foresight, seed):
+    def start(self, num_blocks, block_size, max_num_seqs, budget, foresight, chunk, seed):
         """With a seed, guesses of the next tokens are computed too."""
-        self.engine = Engine(num_blocks, block_size, max_num_seqs, budget, None if seed is None else Guesser(seed))
+        drafter = None if seed is None else Guesser(seed)
+        self.engine = Engine(num_blocks, block_size, max_num_seqs, budget, chunk, drafter)
         if not foresight:
             self.engine.scheduler.output_ratio = 0.0
 
@@ -265,7 +268,7 @@ def test_random_histories_keep_the_invariants(hash_bits, monkeypatch):
     History.total_steps = History.preemptions = History.right = History.wrong = 0
     run_state_machine_as_test(History, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
     assert History.total_steps >= 2000
-    assert History.preemptions > 0 and History.right > 30 and History.wrong > 20
+    assert History.preemptions > 0 and History.right > 30 and History.wrong > 5
 
 
 def run(engine: Engine, prompts: list[list[int]], max_tokens: int = 8) -> list[list[tuple[int, int]]]:
@@ -427,3 +430,20 @@ def test_ending_a_sequence_does_not_look_at_those_that_wait():
     for seq in seqs[::2]:
         scheduler.finish(seq, "abort")
     assert scheduler.schedule() == seqs[1:16:2]
+
+
+def test_a_long_prompt_takes_small_parts_of_steps_in_which_others_decode(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "next_token", lambda tokens: 5)  # nothing ends early
+    engine = Engine(200, 4, 8, budget=30, chunk=3)
+    engine.add([3] * 5, 50)
+    engine.step()
+    prefills = run(engine, [[1] * 40], max_tokens=3)
+    assert prefills[0] == [(1, 4)]  # as many as run, and 3
+    assert all(num_tokens <= 4 for step in prefills for _, num_tokens in step)
+
+
+def test_prompts_fill_whole_steps_until_half_the_batch_decodes(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "next_token", lambda tokens: 5)
+    prefills = run(Engine(200, 4, 8, budget=30, chunk=3), [[i] * 12 for i in range(1, 9)], max_tokens=30)
+    assert [sum(n for _, n in step) for step in prefills[:2]] == [30, 28]  # beside none, and two
+    assert max(sum(n for _, n in step) for step in prefills[2:]) <= 4 + 3 + 4
