@@ -146,7 +146,7 @@ def _probe(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, block_siz
     [14, H, D] queries, [block_size + 16, KH, D] keys and values.
     """
     device, lens = q.device, [block_size + 7, 9]
-    columns = -(-max(lens) // block_size)
+    columns = -(-(max(lens) + 1024) // block_size)  # for which kernels split the keys, as they do later
     tables = torch.arange(2 * columns, dtype=torch.int32, device=device).flip(0).view(2, columns)
     positions = [torch.arange(n, device=device) for n in lens]
     slots = [row[p // block_size] * block_size + p % block_size for row, p in zip(tables, positions, strict=True)]

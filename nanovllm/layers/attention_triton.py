@@ -15,6 +15,7 @@ from torch import Tensor
 from nanovllm.utils.context import Context
 
 MAX_SPLITS = 64
+MERGED = 16  # splits that are merged at a time
 PROGRAMS_PER_SM = 16  # wanted of a decode: some to run beside each other, the rest to even out ragged lengths
 RAGGED = ["slots", "cu_seqlens_q", "cu_seqlens_k", "context_lens", "block_tables", "num_seqs", "columns", "num_splits"]
 
@@ -76,18 +77,20 @@ class TritonAttention:
         # From what a CUDA graph fixes: the same for every batch that a graph is replayed for.
         wanted = triton.cdiv(PROGRAMS_PER_SM * num_sms, num_seqs * num_kv_heads)
         num_splits = min(wanted, triton.cdiv(tables.shape[1] * block_size, config["TILE"]), MAX_SPLITS)
-        partial = q.new_empty(num_seqs, num_heads, num_splits, head_dim, dtype=torch.float32)
-        log_sums = q.new_empty(num_seqs, num_heads, num_splits, dtype=torch.float32)
+        num_parts = num_seqs * num_heads * num_splits if num_splits > 1 else 0
+        partial = q.new_empty(num_parts, head_dim, dtype=torch.float32)
+        log_sums = q.new_empty(num_parts, dtype=torch.float32)
         out, q = q.new_empty(q.shape), q.flatten(1)
         _decode_kernel[num_kv_heads, num_seqs, num_splits](
-            q, k_cache, v_cache, partial, log_sums, context.context_lens, tables, tables.stride(0), q.stride(0),
+            q, k_cache, v_cache, out, partial, log_sums, context.context_lens, tables, tables.stride(0), q.stride(0),
             KH=num_kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),  # as few as tensor cores take
             D=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, **config
         )  # fmt: skip
-        _merge_splits_kernel[num_heads, num_seqs](
-            partial, log_sums, out, context.context_lens, num_splits,
-            H=num_heads, D=head_dim, BLOCK_D=block_d, TILE=config["TILE"], **merge_config(head_dim)
-        )  # fmt: skip
+        if num_splits > 1:
+            _merge_splits_kernel[num_heads, num_seqs](
+                partial, log_sums, out, context.context_lens, num_splits,
+                H=num_heads, D=head_dim, BLOCK_D=block_d, TILE=config["TILE"], CHUNK=MERGED
+            )  # fmt: skip
         return out
 
 
@@ -113,10 +116,6 @@ def decode_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype
     if dtype == torch.float32:
         return {"TILE": 16, "num_warps": min(width // 8, 16), "num_stages": 2}
     return {"TILE": 64 if head_dim <= 128 else 32, "num_warps": 4, "num_stages": 3}
-
-
-def merge_config(head_dim: int) -> dict[str, int]:
-    return {"MAX_SPLITS": MAX_SPLITS, "num_warps": 8 if head_dim <= 128 else 4}
 
 
 @functools.cache
@@ -254,16 +253,19 @@ def _split_length(context_len, num_splits, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=RAGGED)
 def _decode_kernel(
-    q, k_cache, v_cache, partial, log_sums, context_lens, block_tables, columns, q_stride,
+    q, k_cache, v_cache, out, partial, log_sums, context_lens, block_tables, columns, q_stride,
     KH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """A program takes the queries of one group over one stretch of a sequence's keys (Flash-Decoding)."""
+    """A program takes the queries of one group over one stretch of a sequence's keys (Flash-Decoding).
+
+    The only stretch is the output, that over no keys zero; of several, each is a part that is yet to be merged.
+    """
     kv_head, seq, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     context_len = tl.load(context_lens + seq)
     length = _split_length(context_len, tl.num_programs(2), TILE)
     start, end = split * length, tl.minimum(context_len, (split + 1) * length)
-    if start >= end:
+    if start >= tl.maximum(context_len, 1):
         return
     rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     mask = (rows < GROUP)[:, None] & (cols < D)[None, :]
@@ -274,25 +276,36 @@ def _decode_kernel(
         start, end, tl.full([ROWS], end - 1, tl.int32), tl.full([ROWS], float("-inf"), tl.float32),
         tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32), D, BLOCK_SIZE, TILE, True
     )  # fmt: skip
-    places = (seq * KH * GROUP + heads) * tl.num_programs(2) + split
-    tl.store(log_sums + places, highest + tl.log2(total), mask=rows < GROUP)
-    tl.store(partial + places[:, None] * D + cols[None, :], acc / total[:, None], mask=mask)
+    total = tl.maximum(total, 1e-30)
+    acc = acc / total[:, None]
+    heads += seq * KH * GROUP
+    if tl.num_programs(2) == 1:
+        tl.store(out + heads[:, None] * D + cols[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    else:
+        places = heads * tl.num_programs(2) + split
+        tl.store(log_sums + places, highest + tl.log2(total), mask=rows < GROUP)
+        tl.store(partial + places[:, None] * D + cols[None, :], acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=RAGGED)
 def _merge_splits_kernel(
     partial, log_sums, out, context_lens, num_splits,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MAX_SPLITS: tl.constexpr, TILE: tl.constexpr
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Weighs a head's partial outputs by their sums; the output over no keys is zero."""
+    """Weighs the parts of a head's output by their sums, CHUNK at a time, and of the splits those that have keys."""
     head = tl.program_id(1).to(tl.int64) * H + tl.program_id(0)
-    context_len = tl.load(context_lens + tl.program_id(1))
-    splits, cols = tl.arange(0, MAX_SPLITS), tl.arange(0, BLOCK_D)
-    used = splits * _split_length(context_len, num_splits, TILE) < context_len
-    log_sum = tl.load(log_sums + head * num_splits + splits, mask=used, other=float("-inf"))
-    weights = tl.exp2(log_sum - tl.maximum(tl.max(log_sum, 0), -1e30))
-    mask = used[:, None] & (cols < D)[None, :]
-    places = (head * num_splits + splits)[:, None] * D + cols[None, :]
-    acc = tl.sum(weights[:, None] * tl.load(partial + places, mask=mask, other=0.0), 0)
-    acc = acc / tl.maximum(tl.sum(weights, 0), 1e-30)
+    context_len = tl.maximum(tl.load(context_lens + tl.program_id(1)), 1)  # the first split is always there
+    num_used = tl.cdiv(context_len, _split_length(context_len, num_splits, TILE))
+    cols = tl.arange(0, BLOCK_D)
+    highest, total, acc = -1e30, 0.0, tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, num_used, CHUNK):
+        splits = start + tl.arange(0, CHUNK)
+        used = splits < num_used
+        log_sum = tl.load(log_sums + head * num_splits + splits, mask=used, other=float("-inf"))
+        previous, highest = highest, tl.maximum(highest, tl.max(log_sum, 0))
+        weights, shrink = tl.exp2(log_sum - highest), tl.exp2(previous - highest)
+        mask, places = used[:, None] & (cols < D)[None, :], (head * num_splits + splits)[:, None] * D + cols[None, :]
+        acc = acc * shrink + tl.sum(weights[:, None] * tl.load(partial + places, mask=mask, other=0.0), 0)
+        total = total * shrink + tl.sum(weights, 0)
+    acc = acc / tl.maximum(total, 1e-30)
     tl.store(out + head * D + cols, acc.to(out.dtype.element_ty), mask=cols < D)

@@ -146,10 +146,13 @@ def decode_reference(case: Case) -> torch.Tensor:
     return torch.cat([reference(q[-1:], k, v) for q, k, v in map(case.split, case.qkv)])
 
 
-@pytest.mark.parametrize("num_sms", [1, 132])
+@pytest.mark.parametrize("programs", [1, 16, 16 * 132])
 @on_grid
-def test_decode_with_few_and_many_splits(shape, dtype, num_sms, monkeypatch):
-    monkeypatch.setattr(attention_triton, "_device", lambda device: ((9, 0), num_sms))
+def test_decode_with_one_few_and_many_splits(shape, dtype, programs, monkeypatch):
+    monkeypatch.setattr(attention_triton, "_device", lambda device: ((9, 0), 1))
+    monkeypatch.setattr(attention_triton, "PROGRAMS_PER_SM", programs)
+    if programs == 1:
+        monkeypatch.setattr(attention_triton, "_merge_splits_kernel", None)  # nothing is left to merge
     block = shape[-1]
     case = Case(shape, [1, block, block + 1, 2 * block - 1, 300], dtype)
     out = decode(case, padding=2)
@@ -233,12 +236,12 @@ def test_kernels_fit_each_architecture(arch, dtype, head_dim, group, block_size)
     config = attention_triton.decode_config(capability, head_dim, dtype)
     rows = max(16, triton.next_power_of_2(group))
     check_binary(
-        attention_triton._decode_kernel, "q k_cache v_cache",
+        attention_triton._decode_kernel, "q k_cache v_cache out",
         "partial=*fp32:16 log_sums=*fp32:16 context_lens=*i32 block_tables=*i32 columns=i32 q_stride=i32:16",
         arch, dtype,
         {"KH": 8, "GROUP": group, "ROWS": rows, "D": head_dim, "BLOCK_D": block_d, "BLOCK_SIZE": block_size, **config},
     )  # fmt: skip
-    merge = {"TILE": config["TILE"], **attention_triton.merge_config(head_dim)}
+    merge = {"TILE": config["TILE"], "CHUNK": attention_triton.MERGED}
     check_binary(
         attention_triton._merge_splits_kernel, "out",
         "partial=*fp32:16 log_sums=*fp32:16 context_lens=*i32 num_splits=i32",
