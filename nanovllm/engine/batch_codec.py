@@ -9,8 +9,10 @@ import numpy as np
 
 from nanovllm.engine.batch import Batch, find_slots
 
-# A prefill's batch; or a decode step's ids, last tokens and lengths of S sequences, C flat indices and what is there.
-Message = tuple[Batch] | tuple[list[int], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+# A batch with chunks; or the ids, last tokens and lengths of S sequences, C flat indices and what is there, and how to
+# sample: temperatures, random numbers, and whether some sequence has options.
+Sampling = tuple[np.ndarray | None, np.ndarray | None, bool]
+Message = tuple[Batch] | tuple[list[int], np.ndarray, np.ndarray, np.ndarray, np.ndarray, Sampling]
 
 
 class BatchCodec:
@@ -24,20 +26,22 @@ class BatchCodec:
     def encode(self, batch: Batch) -> Message:
         """What `decode` at the other end needs; each batch must go through both, in the same order."""
         if batch.cu_seqlens_q is not None:
-            return (replace(batch, temperatures=None, uniforms=None, num_sampled=None, has_options=False),)
+            return (replace(batch, num_sampled=None),)
         self._rearrange(batch.seq_ids)
         cells = np.flatnonzero(batch.block_tables != self._tables).astype(np.int32)
         block_ids = batch.block_tables.take(cells)
         self._tables.put(cells, block_ids)
-        return batch.seq_ids, batch.input_ids.astype(np.int32), batch.context_lens, cells, block_ids
+        sampling = (*batch.random, batch.has_options)
+        return batch.seq_ids, batch.input_ids.astype(np.int32), batch.context_lens, cells, block_ids, sampling
 
     def decode(self, message: Message) -> Batch:
-        """The batch without what concerns sampling."""
+        """The batch without what only rank 0 needs."""
         if len(message) == 1:
             return message[0]
-        seq_ids, input_ids, context_lens, cells, block_ids = message
+        seq_ids, input_ids, context_lens, cells, block_ids, sampling = message
         self._rearrange(seq_ids)
         self._tables.put(cells, block_ids)
+        temperatures, uniforms, has_options = sampling
         rows, positions = np.arange(len(seq_ids)), context_lens.astype(np.int64) - 1
         return Batch(
             input_ids=input_ids.astype(np.int64),
@@ -45,6 +49,9 @@ class BatchCodec:
             slot_mapping=find_slots(self._tables, rows, positions, self.block_size),
             context_lens=context_lens,
             block_tables=self._tables,
+            temperatures=temperatures,
+            uniforms=uniforms,
+            has_options=has_options,
         )
 
     def _rearrange(self, seq_ids: list[int]) -> None:

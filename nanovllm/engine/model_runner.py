@@ -23,6 +23,7 @@ from nanovllm.layers import cpu_kernels
 from nanovllm.layers.attention import Attention, AttentionBackend, choose_backend
 from nanovllm.layers.attention_cpu import CPUAttention
 from nanovllm.layers.logits_processor import token_logprobs
+from nanovllm.layers.parallel_sampler import sample_on_ranks
 from nanovllm.layers.sampler import sample
 from nanovllm.layers.weight import check_quantization, choose_products, pack
 from nanovllm.models import MODELS
@@ -98,18 +99,19 @@ class ModelRunner:
         logits = self.forward(batch, partial(_score_prompts, seqs, batch))
         if logits is None:
             return [[] for _ in seqs]
-        temperatures, uniforms = upload([batch.temperatures, batch.uniforms], self.device)
         if batch.has_options:
-            return sample_with_options(logits, temperatures, uniforms, seqs, batch.num_sampled)
-        return split_samples(sample(logits, temperatures, uniforms).tolist(), seqs, batch.num_sampled)
+            return sample_with_options(logits, *upload(batch.random, self.device), seqs, batch.num_sampled)
+        tokens = logits if logits.dim() == 1 else sample(logits, *upload(batch.random, self.device))
+        return split_samples(tokens.tolist(), seqs, batch.num_sampled)
 
     def forward(self, batch: Batch, score_prompts: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
-        """Fills the cache, on all ranks for the same batch. [R, vocabulary] logits to sample from on rank 0, if any.
+        """Fills the cache, on all ranks for the same batch. [R, vocabulary] logits to sample from on rank 0, if any; or
+        the [R] tokens, if there are other ranks to help with them.
 
         There `score_prompts` is called with parts of `batch.prompt_logprob_rows` and their logits until all are done.
         """
         if self.graphs is not None and batch.cu_seqlens_q is None and len(batch.positions) <= self.graphs.sizes[-1]:
-            return self.model.compute_logits(self.graphs.replay(batch))
+            return self._finish(batch, self.graphs.replay(batch))
         input_ids, positions, step = make_inputs(batch, self.device)
         with use_step(step):
             hidden_states = self.model(input_ids, positions)
@@ -120,7 +122,14 @@ class ModelRunner:
                     if logits is not None:
                         score_prompts(rows, logits)
             has_none = batch.logit_rows is not None and not len(batch.logit_rows)  # chunks, and no prompt's last
-            return None if has_none else self.model.compute_logits(hidden_states)
+            return None if has_none else self._finish(batch, hidden_states)
+
+    def _finish(self, batch: Batch, hidden_states: Tensor) -> Tensor | None:
+        """What `forward` returns."""
+        logits, head = self.model.compute_logits(hidden_states), self.model.lm_head
+        if self.tp.size == 1 or batch.has_options:
+            return head.gather(logits)
+        return sample_on_ranks(self.tp, logits, head.vocab_size, *upload(batch.random, self.device))
 
     @torch.inference_mode()
     def copy_blocks(self, copies: list[tuple[int, int, int]]) -> None:
@@ -219,7 +228,7 @@ class ModelRunner:
         cu_seqlens = np.linspace(0, num_tokens, num_seqs + 1).astype(np.int32)
         zeros = np.zeros(num_tokens, dtype=np.int64)
         lasts = cu_seqlens[1:].astype(np.int64) - 1
-        batch = Batch(zeros, zeros, zeros, np.diff(cu_seqlens), cu_seqlens, logit_rows=lasts)
+        batch = Batch(zeros, zeros, zeros, np.diff(cu_seqlens), cu_seqlens, logit_rows=lasts, has_options=True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_reserved(self.device)
