@@ -34,6 +34,7 @@ from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, de
 from nanovllm.utils.loader import load_dummy, load_model
 from nanovllm.utils.openmp import stop_spinning
 from nanovllm.utils.parallel import TensorParallel
+from nanovllm.utils.timeline import mark
 
 LOGPROB_ROWS = 128  # of prompt tokens at a time, whose logits over the vocabulary are in memory together
 GRAPH_BYTES = 16 * 2**20  # reserved for each CUDA graph, an estimate
@@ -96,13 +97,20 @@ class ModelRunner:
         Nothing for incomplete prompts. Log-probabilities, where asked for, are added to the sequences.
         """
         batch = self.batch_builder.build(seqs)
+        mark("build batch")
         logits = self.forward(batch, partial(_score_prompts, seqs, batch))
+        mark("forward")
         if logits is None:
             return [[] for _ in seqs]
         if batch.has_options:
-            return sample_with_options(logits, *upload(batch.random, self.device), seqs, batch.num_sampled)
+            samples = sample_with_options(logits, *upload(batch.random, self.device), seqs, batch.num_sampled)
+            mark("sample")
+            return samples
         tokens = logits if logits.dim() == 1 else sample(logits, *upload(batch.random, self.device))
-        return split_samples(tokens.tolist(), seqs, batch.num_sampled)
+        mark("sample")
+        token_ids = tokens.tolist()
+        mark("read tokens")
+        return split_samples(token_ids, seqs, batch.num_sampled)
 
     def forward(self, batch: Batch, score_prompts: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
         """Fills the cache, on all ranks for the same batch. [R, vocabulary] logits to sample from on rank 0, if any; or
@@ -113,6 +121,7 @@ class ModelRunner:
         if self.graphs is not None and batch.cu_seqlens_q is None and len(batch.positions) <= self.graphs.sizes[-1]:
             return self._finish(batch, self.graphs.replay(batch))
         input_ids, positions, step = make_inputs(batch, self.device)
+        mark("upload")
         with use_step(step):
             hidden_states = self.model(input_ids, positions)
             if batch.prompt_logprob_rows is not None:
