@@ -8,6 +8,7 @@
     python bench.py --shared-prefix-len 512          # what the prefix cache saves
     python bench.py --control-plane                  # what scheduling costs; needs no model
     python bench.py --parts                          # the share of products, attention, sampling, Python on a CPU
+    python bench.py --timeline steps.json            # also the phases of each step, for Perfetto; .svg: a picture
 
 Prompts and output lengths are drawn uniformly from a fixed seed and end-of-sequence tokens are ignored, so every
 engine does exactly the same work. On CUDA the default is "classic": 256 prompts, inputs and outputs of 100 to 1024
@@ -41,7 +42,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter, time
@@ -63,6 +64,8 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.layers import cpu_kernels
 from nanovllm.layers.attention_cpu import CPUAttention
 from nanovllm.utils.device import default_batched_tokens, default_threads, resolve_device, upload
+from nanovllm.utils.timeline import record
+from nanovllm.utils.timeline_svg import draw
 
 QWEN3_0_6B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28,
@@ -364,7 +367,11 @@ def throughput(args: argparse.Namespace, config: Config) -> Figures:
     figures |= engine_options(args) | lengths | {"temperature": args.temperature, "dtype": dtype_name(config)}
     figures["device"] = torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else "cpu"
     figures |= {"threads": default_threads(), "prompt_tokens": workload.prompt_tokens}
-    figures |= {"startup_seconds": startup_seconds, "python_seconds": python_seconds} | timed(generate, workload)
+    with record(config.device) if args.timeline else nullcontext() as timeline:
+        figures |= {"startup_seconds": startup_seconds, "python_seconds": python_seconds} | timed(generate, workload)
+    if timeline:
+        is_picture = args.timeline.suffix == ".svg"
+        args.timeline.write_text(draw(timeline.rows()) if is_picture else json.dumps(timeline.trace()))
     if args.engine != "vllm" or config.device.type == "cpu":  # its own process has allocated what is on CUDA
         figures["peak_gbytes"] = peak_memory(config.device) / 1e9
     del generate
@@ -576,6 +583,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--json", action="store_true", help="print all figures as one line of JSON instead of a table")
+    text = "also write where each step's time went: .json for Perfetto or Chrome, .svg a picture"
+    parser.add_argument("--timeline", type=Path, metavar="FILE", help=text)
     group = parser.add_argument_group("what to measure instead of throughput").add_mutually_exclusive_group()
     group.add_argument("--shared-prefix-len", type=positive, metavar="N", help="prefill with N common tokens")
     group.add_argument("--parts", action="store_true", help="the share of time by part, on a CPU")
@@ -627,6 +636,10 @@ def complete(args: argparse.Namespace) -> None:
         raise ValueError("--engine openvino needs a --model that `optimum-cli export openvino` made")
     if args.engine_args and args.engine not in PACKAGES:
         raise ValueError(f"--engine-args are for {' and '.join(PACKAGES)}, not for {args.engine}")
+    if args.timeline and args.timeline.suffix not in (".json", ".svg"):
+        raise ValueError(f"--timeline {args.timeline} must end in .json or .svg")
+    if args.timeline and (args.engine != "nanovllm" or args.parts or args.control_plane or args.shared_prefix_len):
+        raise ValueError("--timeline is for the throughput of nanovllm")
     if args.load_format == "auto" and not args.model:
         raise ValueError("--load-format auto needs --model")
     args.load_format = args.load_format or ("auto" if args.model else "dummy")

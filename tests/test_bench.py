@@ -248,3 +248,13 @@ def test_shares_of_time_are_for_our_kernels(arguments, capsys):
     with pytest.raises(SystemExit):
         bench.main(["--parts", *arguments])
     assert "--parts is for" in capsys.readouterr().err
+
+
+def test_the_timeline_is_written_in_the_format_that_the_name_asks_for(tiny_model, tmp_path, capsys):
+    for name, start in (("steps.json", '{"traceEvents": ['), ("steps.svg", "<svg ")):
+        figures_of(capsys, *tiny_model, *SMALL, "--timeline", str(tmp_path / name))
+        assert (tmp_path / name).read_text().startswith(start)
+    for wrong in (["steps.png"], ["steps.svg", "--control-plane"], ["steps.svg", "--engine", "transformers"]):
+        with pytest.raises(SystemExit):
+            bench.main([*tiny_model, "--timeline", *wrong])
+        assert "--timeline" in capsys.readouterr().err

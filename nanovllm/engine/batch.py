@@ -31,6 +31,11 @@ class Batch:
     prompt_logprob_rows: np.ndarray | None = None  # tokens of which the next one's log-probability is wanted
 
     @property
+    def random(self) -> list[np.ndarray | None]:
+        """What `sample` needs beside the logits."""
+        return [self.temperatures, self.uniforms]
+
+    @property
     def num_decode(self) -> int:
         """D."""
         return len(self.context_lens) - (0 if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1)

@@ -9,10 +9,9 @@ import numpy as np
 
 from nanovllm.engine.batch import Batch, find_slots
 
-# Of a decode, ids, tokens and lengths of its rows; of other steps the batch without its block tables. Then what changed
-# in these: C flat indices and what is there, None if the step needs none.
-Cells = np.ndarray | None
-Message = tuple[list[int], np.ndarray, np.ndarray, Cells, Cells] | tuple[Batch, Cells, Cells]
+# A batch without its block tables, then what changed in these: C flat indices and what is there; None if the step needs
+# none. A decode comes without what follows from its lengths.
+Message = tuple[Batch, np.ndarray | None, np.ndarray | None]
 
 
 class BatchCodec:
@@ -31,30 +30,24 @@ class BatchCodec:
             cells = np.flatnonzero(batch.block_tables != self._tables).astype(np.int32)
             block_ids = batch.block_tables.take(cells)
             self._tables.put(cells, block_ids)
+        sent = replace(batch, block_tables=None, num_sampled=None)
         if batch.cu_seqlens_q is None:
-            return batch.seq_ids, batch.input_ids.astype(np.int32), batch.context_lens, cells, block_ids
-        own = {"block_tables": None, "temperatures": None, "uniforms": None, "num_sampled": None, "has_options": False}
-        return replace(batch, **own), cells, block_ids
+            sent.positions = sent.slot_mapping = None
+            sent.input_ids = batch.input_ids.astype(np.int32)
+        return sent, cells, block_ids
 
     def decode(self, message: Message) -> Batch:
-        """The batch without what concerns sampling."""
-        *rest, cells, block_ids = message
-        seq_ids = rest[0].seq_ids if len(rest) == 1 else rest[0]
+        """The batch without what only rank 0 needs."""
+        batch, cells, block_ids = message
         if cells is not None:
-            self._rearrange(seq_ids)
+            self._rearrange(batch.seq_ids)
             self._tables.put(cells, block_ids)
-        if len(rest) == 1:
-            return replace(rest[0], block_tables=None if cells is None else self._tables)
-        _, input_ids, context_lens = rest
-        rows, positions = np.arange(len(seq_ids)), context_lens.astype(np.int64) - 1
-        return Batch(
-            input_ids=input_ids.astype(np.int64),
-            positions=positions,
-            slot_mapping=find_slots(self._tables, rows, positions, self.block_size),
-            context_lens=context_lens,
-            block_tables=self._tables,
-            seq_ids=seq_ids,
-        )
+            batch.block_tables = self._tables
+        if batch.cu_seqlens_q is None:
+            rows, batch.positions = np.arange(len(batch.seq_ids)), batch.context_lens.astype(np.int64) - 1
+            batch.slot_mapping = find_slots(self._tables, rows, batch.positions, self.block_size)
+            batch.input_ids = batch.input_ids.astype(np.int64)
+        return batch
 
     def _rearrange(self, seq_ids: list[int]) -> None:
         """Each row goes where its sequence is now; those of new sequences are zeros."""

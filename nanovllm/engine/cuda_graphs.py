@@ -16,6 +16,7 @@ from nanovllm.engine.batch import Batch
 from nanovllm.layers.cpu_kernels.compiled import Memory, Recording
 from nanovllm.utils.context import Context, Step, use_step
 from nanovllm.utils.device import ALIGNMENT, upload
+from nanovllm.utils.timeline import mark
 
 LARGEST = 512  # with more sequences the GPU is busy for longer than the launches take
 INPUTS = {  # of a batch: dtype, and what stands in rows that are not used, which so store nothing and read nothing
@@ -64,6 +65,7 @@ class DecodeGraphs:
         num_seqs = len(batch.context_lens)
         size = next(size for size in self.sizes if size >= num_seqs)
         self._inputs.write(batch, size)
+        mark("upload")
         graph, output = self._graphs[size]
         graph.replay()
         return output[:num_seqs]
@@ -85,6 +87,7 @@ class RecordedSteps:
         """As `DecodeGraphs.replay`."""
         size = len(batch.context_lens)
         inputs = self._inputs.write(batch, size)
+        mark("upload")
         if size in self._recordings:
             return self._recordings[size].replay()
         self._recordings[size] = Recording(partial(_run, self._model, *inputs), self._memory)

@@ -12,6 +12,7 @@ from nanovllm.engine.call_loop import CallLoop, News
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.utils.timeline import mark
 
 NUM_BUCKETS = 17  # of step times: under 1, 2, 4, ... milliseconds, and one for those of half a minute and more
 
@@ -80,14 +81,19 @@ class EngineLoop(CallLoop):
         """One step; returns how many tokens it computed, as a negative number if each is of a running sequence."""
         start, scheduler, manager = perf_counter(), self.scheduler, self.scheduler.block_manager
         seqs: list[Sequence] = []
+        mark("between steps")
         try:
             seqs = scheduler.schedule()
+            mark("schedule")
             copies, manager.copies = manager.copies, []
             if copies:
                 self.model_runner.copy_blocks(copies)
+                mark("copy blocks")
             if seqs:
                 scheduler.postprocess(seqs, self.model_runner.run(seqs))
+                mark("postprocess")
             self._report(seqs)
+            mark("report")
         except BaseException as error:
             self._fail(error, seqs)
             raise

@@ -23,6 +23,7 @@ from nanovllm.layers import cpu_kernels
 from nanovllm.layers.attention import Attention, AttentionBackend, choose_backend
 from nanovllm.layers.attention_cpu import CPUAttention
 from nanovllm.layers.logits_processor import token_logprobs
+from nanovllm.layers.parallel_sampler import sample_on_ranks
 from nanovllm.layers.sampler import sample
 from nanovllm.layers.weight import check_quantization, choose_products, pack
 from nanovllm.models import MODELS
@@ -33,6 +34,7 @@ from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, de
 from nanovllm.utils.loader import load_dummy, load_model
 from nanovllm.utils.openmp import stop_spinning
 from nanovllm.utils.parallel import TensorParallel
+from nanovllm.utils.timeline import mark
 
 LOGPROB_ROWS = 128  # of prompt tokens at a time, whose logits over the vocabulary are in memory together
 GRAPH_BYTES = 16 * 2**20  # reserved for each CUDA graph, an estimate
@@ -95,22 +97,31 @@ class ModelRunner:
         Nothing for incomplete prompts. Log-probabilities, where asked for, are added to the sequences.
         """
         batch = self.batch_builder.build(seqs)
+        mark("build batch")
         logits = self.forward(batch, partial(_score_prompts, seqs, batch))
+        mark("forward")
         if logits is None:
             return [[] for _ in seqs]
-        temperatures, uniforms = upload([batch.temperatures, batch.uniforms], self.device)
         if batch.has_options:
-            return sample_with_options(logits, temperatures, uniforms, seqs, batch.num_sampled)
-        return split_samples(sample(logits, temperatures, uniforms).tolist(), seqs, batch.num_sampled)
+            samples = sample_with_options(logits, *upload(batch.random, self.device), seqs, batch.num_sampled)
+            mark("sample")
+            return samples
+        tokens = logits if logits.dim() == 1 else sample(logits, *upload(batch.random, self.device))
+        mark("sample")
+        token_ids = tokens.tolist()
+        mark("read tokens")
+        return split_samples(token_ids, seqs, batch.num_sampled)
 
     def forward(self, batch: Batch, score_prompts: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
-        """Fills the cache, on all ranks for the same batch. [R, vocabulary] logits to sample from on rank 0, if any.
+        """Fills the cache, on all ranks for the same batch. [R, vocabulary] logits to sample from on rank 0, if any; or
+        the [R] tokens, if there are other ranks to help with them.
 
         There `score_prompts` is called with parts of `batch.prompt_logprob_rows` and their logits until all are done.
         """
         if self.graphs is not None and batch.cu_seqlens_q is None and len(batch.positions) <= self.graphs.sizes[-1]:
-            return self.model.compute_logits(self.graphs.replay(batch))
+            return self._finish(batch, self.graphs.replay(batch))
         input_ids, positions, step = make_inputs(batch, self.device)
+        mark("upload")
         with use_step(step):
             hidden_states = self.model(input_ids, positions)
             if batch.prompt_logprob_rows is not None:
@@ -120,7 +131,14 @@ class ModelRunner:
                     if logits is not None:
                         score_prompts(rows, logits)
             has_none = batch.logit_rows is not None and not len(batch.logit_rows)  # chunks, and no prompt's last
-            return None if has_none else self.model.compute_logits(hidden_states)
+            return None if has_none else self._finish(batch, hidden_states)
+
+    def _finish(self, batch: Batch, hidden_states: Tensor) -> Tensor | None:
+        """What `forward` returns."""
+        logits, head = self.model.compute_logits(hidden_states), self.model.lm_head
+        if self.tp.size == 1 or batch.has_options:
+            return head.gather(logits)
+        return sample_on_ranks(self.tp, logits, head.vocab_size, *upload(batch.random, self.device))
 
     @torch.inference_mode()
     def copy_blocks(self, copies: list[tuple[int, int, int]]) -> None:
@@ -219,7 +237,7 @@ class ModelRunner:
         cu_seqlens = np.linspace(0, num_tokens, num_seqs + 1).astype(np.int32)
         zeros = np.zeros(num_tokens, dtype=np.int64)
         lasts = cu_seqlens[1:].astype(np.int64) - 1
-        batch = Batch(zeros, zeros, zeros, np.diff(cu_seqlens), cu_seqlens, logit_rows=lasts)
+        batch = Batch(zeros, zeros, zeros, np.diff(cu_seqlens), cu_seqlens, logit_rows=lasts, has_options=True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_reserved(self.device)

@@ -127,7 +127,7 @@ def _check_outputs(
 ) -> None:
     """Kernels may be built for other GPUs, their compiler may be missing, and some releases compute wrong numbers."""
     generator, num_heads, num_kv_heads = torch.Generator().manual_seed(0), layer.num_heads, layer.num_kv_heads
-    shapes = (14, num_heads), (block_size + 16, num_kv_heads), (block_size + 16, num_kv_heads)
+    shapes = (79, num_heads), (block_size + 86, num_kv_heads), (block_size + 86, num_kv_heads)
     q, k, v = (
         torch.randn(*shape, layer.head_dim, dtype=torch.float32, generator=generator, device="cpu").to(device, dtype)
         for shape in shapes
@@ -141,12 +141,13 @@ def _check_outputs(
 
 
 def _probe(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> dict[str, Tensor]:
-    """The last 5 of a block and 7 tokens, of which the others are in the cache, and 9 that are a sequence's first.
+    """The last 70 of a block and 77 tokens, of which the others are in the cache, and 9 that are a sequence's first:
+    enough and few enough for whatever kernels tell apart.
 
-    [14, H, D] queries, [block_size + 16, KH, D] keys and values.
+    [79, H, D] queries, [block_size + 86, KH, D] keys and values.
     """
-    device, lens = q.device, [block_size + 7, 9]
-    columns = -(-max(lens) // block_size)
+    device, lens = q.device, [block_size + 77, 9]
+    columns = -(-(max(lens) + 1024) // block_size)  # for which kernels split the keys, as they do later
     tables = torch.arange(2 * columns, dtype=torch.int32, device=device).flip(0).view(2, columns)
     positions = [torch.arange(n, device=device) for n in lens]
     slots = [row[p // block_size] * block_size + p % block_size for row, p in zip(tables, positions, strict=True)]
@@ -155,13 +156,13 @@ def _probe(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, block_siz
     backend.store(k, v, *caches, torch.cat(slots))
     backend.copy_blocks(*caches, torch.zeros(1, 3, dtype=torch.int64, device=device))  # of no slots
     bounds_q, bounds_k, lens_k = (
-        torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 5, 14], [0, lens[0], sum(lens)], lens)
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 70, 79], [0, lens[0], sum(lens)], lens)
     )
-    alone = Context(bounds_q, bounds_q, 9, 9)
-    cached = Context(bounds_q, bounds_k, 9, max(lens), lens_k, tables)
+    alone = Context(bounds_q, bounds_q, 70, 70)
+    cached = Context(bounds_q, bounds_k, 70, max(lens), lens_k, tables)
     decode = Context(max_seqlen_k=max(lens), context_lens=lens_k, block_tables=tables)
     return {
-        "prefill": backend.prefill(q, k[-14:], v[-14:], *caches, alone),
-        "prefill over a cached prefix": backend.prefill(q, k[-14:], v[-14:], *caches, cached),
-        "decode": backend.decode(q[[4, 13]], *caches, decode),
+        "prefill": backend.prefill(q, k[-79:], v[-79:], *caches, alone),
+        "prefill over a cached prefix": backend.prefill(q, k[-79:], v[-79:], *caches, cached),
+        "decode": backend.decode(q[[69, 78]], *caches, decode),
     }

@@ -1,7 +1,10 @@
 """Paged attention in Triton for CUDA GPUs: nothing to compile or to install beside PyTorch, no tuning at run time.
 
-Both kernels are FlashAttention-2's online softmax in base 2 (Dao, 2023, arXiv:2307.08691). What varies from step to
-step never specialises a kernel and no launch waits for the device, so that a CUDA graph can hold the decode.
+FlashAttention-2's online softmax in base 2 (Dao, 2023, arXiv:2307.08691), in two kernels. One takes many queries of a
+head over all keys; the other a few queries with all heads that share their keys, over a stretch of them, so that few
+sequences with long prefixes fill the GPU: decodes, drafts, the ends of prompts whose prefix is cached. In a step with
+both kinds each kernel leaves the other's sequences out. What varies from step to step never specialises a kernel, and
+no launch waits for the device, so that a CUDA graph can hold it.
 Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim, B block-table columns, P splits.
 """
 
@@ -15,8 +18,11 @@ from torch import Tensor
 from nanovllm.utils.context import Context
 
 MAX_SPLITS = 64
-PROGRAMS_PER_SM = 16  # wanted of a decode: some to run beside each other, the rest to even out ragged lengths
-RAGGED = ["slots", "cu_seqlens_q", "cu_seqlens_k", "context_lens", "block_tables", "num_seqs", "columns", "num_splits"]
+MERGED = 16  # splits that are merged at a time
+FEW = 64  # queries of a sequence, up to which its keys are split: a block's worth
+ROWS_PER_SM = 256  # wanted when keys are split: some programs to run beside each other, the rest to even out lengths
+RAGGED = ["slots", "cu_seqlens_q", "cu_seqlens_k", "context_lens", "block_tables", "num_seqs", "columns", "most"]
+RAGGED += ["num_splits"]
 
 
 def store_kvcache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -49,46 +55,63 @@ class TritonAttention:
 
     @staticmethod
     def prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
-        (num_tokens, num_heads, head_dim), group = q.shape, q.shape[1] // k.shape[1]
-        block_size, tables = 0, context.cu_seqlens_q  # not a table, but neither is it read
-        if context.block_tables is not None:
-            block_size, tables = k_cache.shape[1], context.block_tables
-            k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-        out = q.new_empty(num_tokens, num_heads, head_dim)
-        q, k, v = (x.flatten(1) for x in (q, k, v))  # views: the heads of a token are contiguous
-        num_seqs = len(context.cu_seqlens_q) - 1
-        config = prefill_config(_device(q.device)[0], head_dim, q.dtype)
-        _prefill_kernel[num_heads, num_tokens // config["ROWS"] + num_seqs](
-            q, k, v, out, context.cu_seqlens_q, context.cu_seqlens_k, tables, num_seqs, tables.stride(0),
-            q.stride(0), k.stride(0), v.stride(0),
-            H=num_heads, GROUP=group, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
-            **config
-        )  # fmt: skip
+        out = q.new_empty(q.shape)
+        if context.block_tables is None:
+            _attend_whole(q, k, v, out, context, block_size=0)
+            return out
+        if context.max_seqlen_q > FEW:
+            _attend_whole(q, k_cache.flatten(0, 1), v_cache.flatten(0, 1), out, context, k_cache.shape[1])
+        _attend_split(q, k_cache, v_cache, out, context)
         return out
 
     @staticmethod
     def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
-        (num_seqs, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q.shape, k_cache.shape
-        tables = context.block_tables
-        capability, num_sms = _device(q.device)
-        config, block_d = decode_config(capability, head_dim, q.dtype), triton.next_power_of_2(head_dim)
-        group = num_heads // num_kv_heads
-        # From what a CUDA graph fixes: the same for every batch that a graph is replayed for.
-        wanted = triton.cdiv(PROGRAMS_PER_SM * num_sms, num_seqs * num_kv_heads)
-        num_splits = min(wanted, triton.cdiv(tables.shape[1] * block_size, config["TILE"]), MAX_SPLITS)
-        partial = q.new_empty(num_seqs, num_heads, num_splits, head_dim, dtype=torch.float32)
-        log_sums = q.new_empty(num_seqs, num_heads, num_splits, dtype=torch.float32)
-        out, q = q.new_empty(q.shape), q.flatten(1)
-        _decode_kernel[num_kv_heads, num_seqs, num_splits](
-            q, k_cache, v_cache, partial, log_sums, context.context_lens, tables, tables.stride(0), q.stride(0),
-            KH=num_kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),  # as few as tensor cores take
-            D=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, **config
-        )  # fmt: skip
-        _merge_splits_kernel[num_heads, num_seqs](
-            partial, log_sums, out, context.context_lens, num_splits,
-            H=num_heads, D=head_dim, BLOCK_D=block_d, TILE=config["TILE"], **merge_config(head_dim)
-        )  # fmt: skip
+        out = q.new_empty(q.shape)
+        _attend_split(q, k_cache, v_cache, out, context)
         return out
+
+
+def _attend_whole(q: Tensor, k: Tensor, v: Tensor, out: Tensor, context: Context, block_size: int) -> None:
+    """Of a cache with block tables, which has a `block_size`, only the sequences with more than FEW queries."""
+    (num_tokens, num_heads, head_dim), group = q.shape, q.shape[1] // k.shape[1]
+    tables = context.block_tables if block_size else context.cu_seqlens_q  # not a table, but neither is it read
+    q, k, v = (x.flatten(1) for x in (q, k, v))  # views: the heads of a token are contiguous
+    num_seqs = len(context.cu_seqlens_q) - 1
+    config = prefill_config(_device(q.device)[0], head_dim, q.dtype)
+    _prefill_kernel[num_heads, num_tokens // config["ROWS"] + num_seqs](
+        q, k, v, out, context.cu_seqlens_q, context.cu_seqlens_k, tables, num_seqs, tables.stride(0),
+        q.stride(0), k.stride(0), v.stride(0),
+        H=num_heads, GROUP=group, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
+        FEW=FEW if block_size else 0, **config
+    )  # fmt: skip
+
+
+def _attend_split(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, context: Context) -> None:
+    """Only the sequences with at most FEW queries; without `cu_seqlens_q` each has one."""
+    (_, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q.shape, k_cache.shape
+    bounds, lens, tables = context.cu_seqlens_q, context.context_lens, context.block_tables
+    most, group = 1 if bounds is None else min(context.max_seqlen_q, FEW), num_heads // num_kv_heads
+    capability, num_sms = _device(q.device)
+    config = split_config(capability, head_dim, q.dtype, group, is_decode=bounds is None)
+    rows, tile = config["ROWS"], config["TILE"]
+    num_pieces = len(tables) * triton.cdiv(most, rows // group)
+    # From what a CUDA graph fixes: the same for every batch that a graph is replayed for.
+    wanted = triton.cdiv(ROWS_PER_SM * num_sms, num_pieces * num_kv_heads * rows)
+    shortest = tile * rows // 16  # of which the keys are more to read than the partial outputs
+    num_splits = min(wanted, triton.cdiv(tables.shape[1] * block_size, shortest), MAX_SPLITS)
+    num_parts = len(tables) * most * num_heads * num_splits if num_splits > 1 else 0
+    partial = q.new_empty(num_parts, head_dim, dtype=torch.float32)
+    log_sums = q.new_empty(num_parts, dtype=torch.float32)
+    shape = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "FEW": FEW}
+    q = q.flatten(1)
+    _split_kernel[num_kv_heads, num_pieces, num_splits](
+        q, k_cache, v_cache, out, partial, log_sums, bounds, lens, tables, tables.stride(0), most, q.stride(0),
+        KH=num_kv_heads, GROUP=group, BLOCK_SIZE=block_size, **shape, **config
+    )  # fmt: skip
+    if num_splits > 1:
+        _merge_splits_kernel[num_heads, len(tables) * most](
+            partial, log_sums, out, bounds, lens, most, num_splits, H=num_heads, TILE=tile, CHUNK=MERGED, **shape
+        )
 
 
 def prefill_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> dict[str, int]:
@@ -107,16 +130,20 @@ def prefill_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtyp
     return {"ROWS": 128 if width <= 128 else 64, "TILE": tiles[width], "num_warps": 8, "num_stages": stages}
 
 
-def decode_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """The same without ROWS: three programs a multiprocessor on Hopper, each with two tiles under way."""
-    width = max(triton.next_power_of_2(head_dim), 32)
+def split_config(
+    capability: tuple[int, int], head_dim: int, dtype: torch.dtype, group: int, is_decode: bool
+) -> dict[str, int]:
+    """The same where keys are split; for a decode as few rows as tensor cores take, else as Hopper's take at once.
+
+    Three programs of a decode run on a multiprocessor of Hopper, each with two tiles under way.
+    """
+    width, rows = max(triton.next_power_of_2(head_dim), 32), triton.next_power_of_2(group)
     if dtype == torch.float32:
-        return {"TILE": 16, "num_warps": min(width // 8, 16), "num_stages": 2}
-    return {"TILE": 64 if head_dim <= 128 else 32, "num_warps": 4, "num_stages": 3}
-
-
-def merge_config(head_dim: int) -> dict[str, int]:
-    return {"MAX_SPLITS": MAX_SPLITS, "num_warps": 8 if head_dim <= 128 else 4}
+        return {"ROWS": max(16, rows), "TILE": 16, "num_warps": min(width // 8, 16), "num_stages": 2}
+    tile, num_warps = 64 if width <= 128 else 32, 4
+    if not is_decode and capability[0] not in (9, 10):
+        tile, num_warps = 64 if width <= 128 else 16, 8
+    return {"ROWS": max(16 if is_decode else 64, rows), "TILE": tile, "num_warps": num_warps, "num_stages": 3}
 
 
 @functools.cache
@@ -177,7 +204,7 @@ def _attend(
 ):  # fmt: skip
     """Takes queries [rows, D] over keys start to end; returns each row's highest score, sum of weights, and output.
 
-    `last` is the last key that each row may see. Every row must see a key in the first tile of all.
+    `last` is the last key that each row may see. One that sees none in the first tile of all needs a finite `highest`.
     """
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5  # of base 2
     cols = tl.arange(0, q.shape[1])
@@ -204,11 +231,12 @@ def _attend(
 def _prefill_kernel(
     q, k, v, out, cu_seqlens_q, cu_seqlens_k, block_tables, num_seqs, columns, q_stride, k_stride, v_stride,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr
+    ROWS: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr = 0
 ):  # fmt: skip
     """A program takes one head's next ROWS queries of a sequence; the longest stretches of keys start first.
 
-    The T queries make at most T // ROWS + S pieces: sequence i owns those from its start // ROWS + i on.
+    The T queries make at most T // ROWS + S pieces: sequence i owns those from its start // ROWS + i on. Sequences with
+    FEW queries or less are left out.
     """
     head, piece = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     num_before = 0
@@ -221,7 +249,7 @@ def _prefill_kernel(
     len_q = tl.load(cu_seqlens_q + seq + 1) - q_start
     len_k = tl.load(cu_seqlens_k + seq + 1) - k_start
     first = (piece - q_start // ROWS - seq) * ROWS
-    if first >= len_q:
+    if (first >= len_q) | (len_q <= FEW):
         return
     rows, cols = first + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     mask = (rows < len_q)[:, None] & (cols < D)[None, :]
@@ -252,47 +280,85 @@ def _split_length(context_len, num_splits, TILE: tl.constexpr):
     return tl.cdiv(tl.cdiv(context_len, num_splits), TILE) * TILE
 
 
+@triton.jit
+def _new_tokens(cu_seqlens_q, seq):
+    """Where a sequence's new tokens start, and how many they are: without bounds, one."""
+    start, num = seq, tl.full([], 1, tl.int32)
+    if cu_seqlens_q is not None:
+        start = tl.load(cu_seqlens_q + seq)
+        num = tl.load(cu_seqlens_q + seq + 1) - start
+    return start, num
+
+
 @triton.jit(do_not_specialize=RAGGED)
-def _decode_kernel(
-    q, k_cache, v_cache, partial, log_sums, context_lens, block_tables, columns, q_stride,
+def _split_kernel(
+    q, k_cache, v_cache, out, partial, log_sums, cu_seqlens_q, context_lens, block_tables, columns, most, q_stride,
     KH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr
 ):  # fmt: skip
-    """A program takes the queries of one group over one stretch of a sequence's keys (Flash-Decoding)."""
-    kv_head, seq, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    """A program takes queries of a sequence, each with one group's heads, over a stretch of keys (Flash-Decoding).
+
+    The only stretch is the output, that over no keys zero; of several, each is a part that is yet to be merged. Of each
+    sequence there is room for `most` queries; those with more than FEW are left out.
+    """
+    kv_head, split, num_splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
+    num_pieces = tl.cdiv(most, ROWS // GROUP)
+    seq, first = tl.program_id(1) // num_pieces, tl.program_id(1) % num_pieces * (ROWS // GROUP)
+    first_token, len_q = _new_tokens(cu_seqlens_q, seq)
     context_len = tl.load(context_lens + seq)
-    length = _split_length(context_len, tl.num_programs(2), TILE)
+    length = _split_length(context_len, num_splits, TILE)
     start, end = split * length, tl.minimum(context_len, (split + 1) * length)
-    if start >= end:
+    if (first >= len_q) | (len_q > FEW) | (start >= tl.maximum(context_len, 1)):
         return
     rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    mask = (rows < GROUP)[:, None] & (cols < D)[None, :]
-    heads = kv_head * GROUP + rows
-    queries = tl.load(q + seq * q_stride + heads[:, None] * D + cols[None, :], mask=mask, other=0.0)
+    query, head = first + rows // GROUP, kv_head * GROUP + rows % GROUP
+    is_row = rows < tl.minimum(ROWS // GROUP, len_q - first) * GROUP
+    mask = is_row[:, None] & (cols < D)[None, :]
+    starts = (first_token + query).to(tl.int64) * q_stride + head * D
+    queries = tl.load(q + starts[:, None] + cols[None, :], mask=mask, other=0.0)
+    last = tl.full([ROWS], end - 1, tl.int32)
+    if cu_seqlens_q is not None:
+        last = tl.minimum(last, context_len - len_q + query)
     highest, total, acc = _attend(
-        queries, k_cache + kv_head * D, v_cache + kv_head * D, KH * D, KH * D, 0, block_tables + seq * columns,
-        start, end, tl.full([ROWS], end - 1, tl.int32), tl.full([ROWS], float("-inf"), tl.float32),
-        tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32), D, BLOCK_SIZE, TILE, True
+        queries, k_cache + kv_head * D, v_cache + kv_head * D, KH * D, KH * D, 0,
+        block_tables + seq.to(tl.int64) * columns, start, end, last,
+        tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32),
+        D, BLOCK_SIZE, TILE, True
     )  # fmt: skip
-    places = (seq * KH * GROUP + heads) * tl.num_programs(2) + split
-    tl.store(log_sums + places, highest + tl.log2(total), mask=rows < GROUP)
-    tl.store(partial + places[:, None] * D + cols[None, :], acc / total[:, None], mask=mask)
+    total = tl.maximum(total, 1e-30)  # of a row that sees no key here
+    acc = acc / total[:, None]
+    if num_splits == 1:
+        places = (first_token + query).to(tl.int64) * KH * GROUP + head
+        tl.store(out + places[:, None] * D + cols[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    else:
+        parts = ((seq * most + query).to(tl.int64) * KH * GROUP + head) * num_splits + split
+        tl.store(log_sums + parts, highest + tl.log2(total), mask=is_row)
+        tl.store(partial + parts[:, None] * D + cols[None, :], acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=RAGGED)
 def _merge_splits_kernel(
-    partial, log_sums, out, context_lens, num_splits,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MAX_SPLITS: tl.constexpr, TILE: tl.constexpr
+    partial, log_sums, out, cu_seqlens_q, context_lens, most, num_splits,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, FEW: tl.constexpr
 ):  # fmt: skip
-    """Weighs a head's partial outputs by their sums; the output over no keys is zero."""
-    head = tl.program_id(1).to(tl.int64) * H + tl.program_id(0)
-    context_len = tl.load(context_lens + tl.program_id(1))
-    splits, cols = tl.arange(0, MAX_SPLITS), tl.arange(0, BLOCK_D)
-    used = splits * _split_length(context_len, num_splits, TILE) < context_len
-    log_sum = tl.load(log_sums + head * num_splits + splits, mask=used, other=float("-inf"))
-    weights = tl.exp2(log_sum - tl.maximum(tl.max(log_sum, 0), -1e30))
-    mask = used[:, None] & (cols < D)[None, :]
-    places = (head * num_splits + splits)[:, None] * D + cols[None, :]
-    acc = tl.sum(weights[:, None] * tl.load(partial + places, mask=mask, other=0.0), 0)
-    acc = acc / tl.maximum(tl.sum(weights, 0), 1e-30)
-    tl.store(out + head * D + cols, acc.to(out.dtype.element_ty), mask=cols < D)
+    """Weighs the parts of a head's output by their sums, CHUNK at a time, and of the splits those that have keys."""
+    head, slot, cols = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
+    seq, query = slot // most, slot % most
+    first_token, len_q = _new_tokens(cu_seqlens_q, seq)
+    if (query >= len_q) | (len_q > FEW):
+        return
+    context_len = tl.maximum(tl.load(context_lens + seq), 1)  # the first split is always there
+    num_used = tl.cdiv(context_len, _split_length(context_len, num_splits, TILE))
+    highest, total, acc = -1e30, 0.0, tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, num_used, CHUNK):
+        splits = start + tl.arange(0, CHUNK)
+        is_used, parts = splits < num_used, (slot * H + head) * num_splits + splits
+        log_sum = tl.load(log_sums + parts, mask=is_used, other=float("-inf"))
+        previous, highest = highest, tl.maximum(highest, tl.max(log_sum, 0))
+        weights, shrink = tl.exp2(log_sum - highest), tl.exp2(previous - highest)
+        mask = is_used[:, None] & (cols < D)[None, :]
+        outputs = tl.load(partial + parts[:, None] * D + cols[None, :], mask=mask, other=0.0)
+        total = total * shrink + tl.sum(weights, 0)
+        acc = acc * shrink + tl.sum(weights[:, None] * outputs, 0)
+    place = ((first_token + query) * H + head) * D + cols
+    tl.store(out + place, (acc / total).to(out.dtype.element_ty), mask=cols < D)

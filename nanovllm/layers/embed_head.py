@@ -40,14 +40,18 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(VocabParallelEmbedding):
-    """Logits of the tokens after which one is sampled, gathered on rank 0."""
+    """Logits, gathered on rank 0 or left where they are."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """[T, hidden_size] -> [R, vocab_size] on rank 0, None on the others."""
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[T, hidden_size] -> [R, this rank's part of the vocabulary] for the tokens after which one is sampled."""
         rows = get_step().logit_rows
-        return self.project(hidden_states if rows is None else hidden_states[rows])
+        return linear(hidden_states if rows is None else hidden_states[rows], self.weight)
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """[n, hidden_size] -> [n, vocab_size] on rank 0, None on the others."""
-        logits = self.tp.gather_columns(linear(hidden_states, self.weight))
+        return self.gather(linear(hidden_states, self.weight))
+
+    def gather(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Every rank's part of [n, vocab_size] logits -> all of them on rank 0, None on the others."""
+        logits = self.tp.gather_columns(logits)
         return None if logits is None else logits[:, : self.vocab_size]

@@ -105,6 +105,6 @@ class Qwen3ForCausalLM(nn.Module):
         """[T] token ids and [T] positions -> [T, hidden_size]."""
         return self.model(input_ids, positions)
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """[T, hidden_size] -> [R, V] for the tokens after which one is sampled on rank 0, None on the others."""
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """[T, hidden_size] -> [R, this rank's part of V] for the tokens after which one is sampled."""
         return self.lm_head(hidden_states)

@@ -43,6 +43,15 @@ class TensorParallel:
         self.group.gather([parts] if parts else [], [x], options).wait()
         return torch.cat(parts, dim=-1) if parts else None
 
+    def exchange(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's [n, columns], n a multiple of the ranks, concatenated along the columns; of it this rank's share
+        of the rows.
+        """
+        parts = torch.empty_like(x)
+        self.count()
+        self.group.alltoall_base(parts, x, [], [], dist.AllToAllOptions()).wait()
+        return parts.unflatten(0, (self.size, -1)).transpose(0, 1).flatten(1)
+
     def minimum(self, value: int, device: torch.device) -> int:
         """The smallest of every rank's `value`."""
         if self.size == 1:

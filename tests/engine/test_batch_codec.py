@@ -16,7 +16,7 @@ from nanovllm.sampling_params import SamplingParams
 BLOCK, MAX_BLOCKS = 4, 20
 SHARED = (
     "input_ids", "positions", "slot_mapping", "context_lens", "cu_seqlens_q", "block_tables", "logit_rows",
-    "prompt_logprob_rows",
+    "prompt_logprob_rows", "temperatures", "uniforms", "has_options",
 )  # fmt: skip
 
 
@@ -38,7 +38,8 @@ def test_decoded_batches_equal_those_that_were_built(seed):
     num_prefills = num_decodes = seq_id = 0
     for _ in range(300):
         if rng.random() < 0.15:
-            params = SamplingParams(max_tokens=30, prompt_logprobs=rng.choice([None, None, 1]))
+            options = rng.choice([{}, {}, {"prompt_logprobs": 1}, {"top_k": 3}, {"temperature": 0}])
+            params = SamplingParams(max_tokens=30, **options)
             prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 40))]
             scheduler.add(Sequence(seq_id, prompt, params, max_len=BLOCK * MAX_BLOCKS))
             seq_id += 1
@@ -51,7 +52,7 @@ def test_decoded_batches_equal_those_that_were_built(seed):
         arrived = there.decode(pickle.loads(pickle.dumps(here.encode(batch))))
         for name in SHARED:
             assert same(getattr(arrived, name), getattr(batch, name)), name
-        assert arrived.temperatures is arrived.uniforms is None and not arrived.has_options
+        assert arrived.num_sampled is None
         is_decode = batch.cu_seqlens_q is None
         num_prefills, num_decodes = num_prefills + (not is_decode), num_decodes + is_decode
         if rng.random() < 0.03:
@@ -75,9 +76,10 @@ def test_a_steady_decode_step_sends_the_last_tokens_and_the_cells_that_changed()
         seqs = scheduler.schedule()
         batch = builder.build(seqs)
         if batch.cu_seqlens_q is None:
-            seq_ids, tokens, lens, changed, block_ids = codec.encode(batch)
-            assert tokens.dtype == np.int32 and tokens.tolist() == [7 + step - 1] * 2
-            assert seq_ids == [0, 1] and lens.tolist() == [5 + step, 6 + step]
+            sent, changed, block_ids = codec.encode(batch)
+            assert sent.input_ids.dtype == np.int32 and sent.input_ids.tolist() == [7 + step - 1] * 2
+            assert sent.seq_ids == [0, 1] and sent.context_lens.tolist() == [5 + step, 6 + step]
+            assert sent.positions is sent.slot_mapping is sent.block_tables is None
             assert len(changed) == len(block_ids)
             cells.append(changed.tolist())
         scheduler.postprocess(seqs, [[7 + step]] * 2)

@@ -68,7 +68,7 @@ def test_no_step_needs_a_kernel_that_start_up_did_not(tmp_path, enforce_eager):
     save_model(tmp_path)
     start_up, steps = without_interpreter(record_engine, str(tmp_path), enforce_eager)
     assert {each.kernel for each in steps} == {
-        "_store_kernel", "_prefill_kernel", "_decode_kernel", "_merge_splits_kernel", "_add_rms_norm_kernel",
+        "_store_kernel", "_prefill_kernel", "_split_kernel", "_merge_splits_kernel", "_add_rms_norm_kernel",
         "_norm_rope_kernel", "_silu_and_mul_kernel", "_sum_kernel", "_pick_kernel",
         "_copy_kernel",
     }  # fmt: skip

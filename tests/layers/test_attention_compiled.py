@@ -28,7 +28,7 @@ def integers(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 def launch_step(num_tokens: int, num_seqs: int, shape: tuple[int, int, int, int], columns: int = 16) -> None:
-    """A prefill without and with a cached prefix, and a decode, as the layers call them."""
+    """A prefill without and with cached prefixes, of many and few tokens, and a decode, as the layers call them."""
     from nanovllm.layers.attention_triton import TritonAttention
 
     num_heads, num_kv_heads, head_dim, block_size = shape
@@ -39,9 +39,10 @@ def launch_step(num_tokens: int, num_seqs: int, shape: tuple[int, int, int, int]
     int32, slots = partial(integers, torch.int32), integers(torch.int64, num_tokens)
     TritonAttention.store(k, v, *caches, slots)
     tables, bounds = int32(num_seqs, columns), int32(num_seqs + 1)
-    for block_tables in (None, tables):
-        TritonAttention.prefill(q, k, v, *caches, Context(bounds, bounds, 1, 1, None, block_tables))
-    context = Context(context_lens=int32(num_seqs), block_tables=tables)
+    lens = int32(num_seqs)
+    for block_tables, most in ((None, 1), (tables, 65), (tables, 1 + num_tokens % 40)):
+        TritonAttention.prefill(q, k, v, *caches, Context(bounds, bounds, most, 1, lens, block_tables))
+    context = Context(context_lens=lens, block_tables=tables)
     TritonAttention.decode(qkv.new_empty(num_seqs, num_heads, head_dim), *caches, context)
 
 
@@ -50,6 +51,8 @@ def record_ragged() -> tuple[set[Specialization], set[Specialization], dict[tupl
     from triton import JITFunction
 
     from nanovllm.layers import attention_triton
+
+    attention_triton._device = lambda device: ((9, 0), 132)
 
     def launch_ragged():
         for i, (num_tokens, num_seqs) in enumerate(RAGGED):
@@ -63,7 +66,7 @@ def record_ragged() -> tuple[set[Specialization], set[Specialization], dict[tupl
         launch_ragged()
         launch_graphs()
 
-    warm_up, ragged = record(lambda: launch_step(64, 64, SHAPES["Qwen3-0.6B"])), record(launch_all)
+    warm_up, ragged = record(lambda: launch_step(14, 2, SHAPES["Qwen3-0.6B"])), record(launch_all)
     careless = {}
     for name, kernel in vars(attention_triton).copy().items():
         for argument in attention_triton.RAGGED:
@@ -79,15 +82,15 @@ def record_shapes(arch: int) -> set[Specialization]:
     from nanovllm.layers import attention_triton
 
     attention_triton._device = lambda device: (divmod(arch, 10), 100)
-    return record(lambda: [launch_step(17, 17, shape) for shape in SHAPES.values()], arch)
+    return record(lambda: [launch_step(17, 2, shape) for shape in SHAPES.values()], arch)
 
 
 def test_no_batch_compiles_anything_after_a_warm_up():
     """And the count notices each argument that a kernel is compiled for although it varies."""
     warm_up, ragged, careless = without_interpreter(record_ragged)
-    assert len(warm_up) == 1 + 2 + 1 + 1  # the prefill with and without block tables
+    assert len(warm_up) == 1 + 2 + 2 + 2  # with and without block tables, of one query each and of a few
     assert ragged == warm_up
-    assert len(careless) == 1 + 5 + 3 + 2
+    assert len(careless) == 1 + 5 + 5 + 4
     assert min(careless.values()) > len(warm_up), careless
 
 
@@ -96,7 +99,7 @@ def test_what_is_launched_in_bf16_fits_each_architecture(arch):
     from nanovllm.layers import attention_triton
 
     every = without_interpreter(record_shapes, arch)
-    assert len(every) == 2 * 4 + 4 + 4 + 2  # prefill, decode, merge, store
+    assert len(every) == 2 * 4 + 2 * 4 + 2 * 4 + 2  # prefill, split, merge, store
     for each in sorted(every, key=str):
         kernel, constexprs = getattr(attention_triton, each.kernel), dict(each.constexprs)
         if each.kernel == "_prefill_kernel" and constexprs["GROUP"] > 2:

@@ -91,8 +91,9 @@ class Case:
     def prefill_context(self, paged: bool) -> Context:
         lens_q, lens_k = (torch.tensor([0, *lens]).cumsum(0).int().to(DEVICE) for lens in (self.new, self.lens))
         return Context(
-            cu_seqlens_q=lens_q, cu_seqlens_k=lens_k, max_seqlen_q=max(self.new),
-            max_seqlen_k=max(self.lens), block_tables=self.tables.to(DEVICE) if paged else None,
+            cu_seqlens_q=lens_q, cu_seqlens_k=lens_k, max_seqlen_q=max(self.new), max_seqlen_k=max(self.lens),
+            context_lens=torch.tensor(self.lens, dtype=torch.int32).to(DEVICE),
+            block_tables=self.tables.to(DEVICE) if paged else None,
         )  # fmt: skip
 
     def prefill_reference(self) -> torch.Tensor:
@@ -115,14 +116,41 @@ def test_prefill_of_whole_prompts_reads_only_the_step(shape, dtype):
     close(out, case.prefill_reference())
 
 
+def fill_gpu(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+    """Has kernels split the keys so that they have `num_rows` rows; with one there is nothing to merge."""
+    monkeypatch.setattr(attention_triton, "_device", lambda device: ((9, 0), 1))
+    monkeypatch.setattr(attention_triton, "ROWS_PER_SM", num_rows)
+    if num_rows == 1:
+        monkeypatch.setattr(attention_triton, "_merge_splits_kernel", None)
+
+
+def prefill_cached(case: Case) -> torch.Tensor:
+    case.store()
+    q, k, v = case.split(torch.cat([x[len(x) - n :] for x, n in zip(case.qkv, case.new, strict=True)]))
+    k, v = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
+    return TritonAttention.prefill(q, k, v, *case.caches, case.prefill_context(paged=True))
+
+
 @on_grid
 def test_prefill_over_cached_prefixes_reads_only_the_cache(shape, dtype):
     block = shape[-1]
     case = Case(shape, [block + 1, 1, 150, 64, 2 * block, 133], dtype, new=[1, 1, 22, 64, block, 130])
-    case.store()
-    q, k, v = case.split(torch.cat([x[len(x) - n :] for x, n in zip(case.qkv, case.new, strict=True)]))
-    k, v = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
-    close(TritonAttention.prefill(q, k, v, *case.caches, case.prefill_context(paged=True)), case.prefill_reference())
+    close(prefill_cached(case), case.prefill_reference())
+
+
+@pytest.mark.parametrize("num_rows", [1, 4000])
+@on_grid
+def test_few_queries_over_long_prefixes_split_the_keys(shape, dtype, num_rows, monkeypatch):
+    monkeypatch.setattr(attention_triton, "_prefill_kernel", None)
+    fill_gpu(monkeypatch, num_rows)
+    case = Case(shape, [300, 1, 70, 600 if dtype == torch.float16 else 90], dtype, new=[5, 1, 64, 17])
+    close(prefill_cached(case), case.prefill_reference())
+
+
+def test_few_queries_that_see_no_key_of_the_last_split(monkeypatch):
+    fill_gpu(monkeypatch, 16000)
+    case = Case((1, 2, 32, 16), [90, 61], torch.float32, new=[60, 61])  # a split is of 16 keys
+    close(prefill_cached(case), case.prefill_reference())
 
 
 def test_prefill_finds_its_place_among_many_sequences():
@@ -146,10 +174,10 @@ def decode_reference(case: Case) -> torch.Tensor:
     return torch.cat([reference(q[-1:], k, v) for q, k, v in map(case.split, case.qkv)])
 
 
-@pytest.mark.parametrize("num_sms", [1, 132])
+@pytest.mark.parametrize("num_rows", [1, 256, 256 * 132])
 @on_grid
-def test_decode_with_few_and_many_splits(shape, dtype, num_sms, monkeypatch):
-    monkeypatch.setattr(attention_triton, "_device", lambda device: ((9, 0), num_sms))
+def test_decode_with_one_few_and_many_splits(shape, dtype, num_rows, monkeypatch):
+    fill_gpu(monkeypatch, num_rows)
     block = shape[-1]
     case = Case(shape, [1, block, block + 1, 2 * block - 1, 300], dtype)
     out = decode(case, padding=2)
@@ -221,29 +249,30 @@ def check_binary(kernel, tensors: str, others: str, arch: int, dtype: torch.dtyp
 @pytest.mark.parametrize(("dtype", "head_dim", "group", "block_size"), VARIANTS, ids=str)
 def test_kernels_fit_each_architecture(arch, dtype, head_dim, group, block_size):
     capability, block_d = divmod(arch, 10), triton.next_power_of_2(head_dim)
-    for block in (0, block_size):  # without and with a cached prefix
+    for block, few in ((0, 0), (block_size, 64)):  # without and with a cached prefix
         config = attention_triton.prefill_config(capability, head_dim, dtype)
-        constexprs = {"H": 16, "GROUP": group, "D": head_dim, "BLOCK_D": block_d, "BLOCK_SIZE": block, **config}
+        constexprs = {"H": 16, "GROUP": group, "D": head_dim, "BLOCK_D": block_d, "BLOCK_SIZE": block, "FEW": few}
         check_binary(
             attention_triton._prefill_kernel, "q k v out",
             "cu_seqlens_q=*i32 cu_seqlens_k=*i32 block_tables=*i32 num_seqs=i32 columns=i32 "
             "q_stride=i32:16 k_stride=i32:16 v_stride=i32:16",
-            arch, dtype, constexprs,
+            arch, dtype, constexprs | config,
         )  # fmt: skip
-    config = attention_triton.decode_config(capability, head_dim, dtype)
-    rows = max(16, triton.next_power_of_2(group))
-    check_binary(
-        attention_triton._decode_kernel, "q k_cache v_cache",
-        "partial=*fp32:16 log_sums=*fp32:16 context_lens=*i32 block_tables=*i32 columns=i32 q_stride=i32:16",
-        arch, dtype,
-        {"KH": 8, "GROUP": group, "ROWS": rows, "D": head_dim, "BLOCK_D": block_d, "BLOCK_SIZE": block_size, **config},
-    )  # fmt: skip
-    merge = {"TILE": config["TILE"], **attention_triton.merge_config(head_dim)}
-    check_binary(
-        attention_triton._merge_splits_kernel, "out",
-        "partial=*fp32:16 log_sums=*fp32:16 context_lens=*i32 num_splits=i32",
-        arch, dtype, {"H": 16, "D": head_dim, "BLOCK_D": block_d, **merge},
-    )  # fmt: skip
+    few = {"D": head_dim, "BLOCK_D": block_d, "FEW": 64}
+    for is_decode in (True, False):
+        config = attention_triton.split_config(capability, head_dim, dtype, group, is_decode)
+        constexprs, bounds = ({"cu_seqlens_q": None}, "") if is_decode else ({}, "cu_seqlens_q=*i32 ")
+        check_binary(
+            attention_triton._split_kernel, "q k_cache v_cache out",
+            "partial=*fp32:16 log_sums=*fp32:16 " + bounds + "context_lens=*i32 block_tables=*i32 columns=i32 most=i32 "
+            "q_stride=i32:16",
+            arch, dtype, {"KH": 8, "GROUP": group, "BLOCK_SIZE": block_size} | few | config | constexprs,
+        )  # fmt: skip
+        check_binary(
+            attention_triton._merge_splits_kernel, "out",
+            "partial=*fp32:16 log_sums=*fp32:16 " + bounds + "context_lens=*i32 most=i32 num_splits=i32",
+            arch, dtype, {"H": 16, "TILE": config["TILE"], "CHUNK": attention_triton.MERGED} | few | constexprs,
+        )  # fmt: skip
     check_binary(
         attention_triton._store_kernel, "k v k_cache v_cache", "slots=*i64 k_stride=i32:16 v_stride=i32:16",
         arch, dtype, {"SIZE": 8 * head_dim, "BLOCK": 8 * block_d},

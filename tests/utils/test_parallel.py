@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nanovllm.layers.parallel_sampler import sample_on_ranks
+from nanovllm.layers.sampler import sample
 from nanovllm.utils.parallel import TensorParallel, connect
 
 CPU = torch.device("cpu")
@@ -87,3 +89,25 @@ def test_disconnecting_aborts_communicators_of_nccl_which_may_be_waiting(monkeyp
     tp.disconnect()
     tp.disconnect()
     assert group.num_aborts == 1 and tp.group is None
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ranks_that_sample_a_share_of_the_rows_each_draw_what_one_rank_would(on_ranks, dtype, num_rows):
+    """From a vocabulary of which neither a chunk nor a rank's part divides; ties, and logits that are never drawn."""
+    vocab_size, generator = 1301, torch.Generator().manual_seed(num_rows)
+    logits = (2 * torch.randn(num_rows, vocab_size, generator=generator)).to(dtype)
+    logits[:, [5, -1]] = logits.max() + 1  # of two the first
+    logits[:, 100:400] = -torch.inf
+    temperatures = torch.arange(num_rows) % 3 * 0.7
+    uniforms = torch.rand(num_rows, dtype=torch.float64, generator=generator)
+    for random in ((None, None), (temperatures, uniforms)):
+
+        def run(tp, random=random):
+            width = -(-vocab_size // tp.size)
+            padded = torch.nn.functional.pad(logits, (0, width * tp.size - vocab_size), value=99.0)  # not to be drawn
+            return sample_on_ranks(tp, padded[:, tp.rank * width :][:, :width].contiguous(), vocab_size, *random)
+
+        first, *others = on_ranks(run)
+        assert torch.equal(first, sample(logits, *random))
+        assert others == [None] * len(others)
