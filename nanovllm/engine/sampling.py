@@ -24,12 +24,13 @@ def sample_with_options(
     """Samples as `sample` does, after the penalties, masks and filters of the sequences that have some.
 
     Log-probabilities, of the unchanged logits, are added to the sequences that ask for them. `with_options` are the
-    rows of S with options, and their sequences.
+    rows of S with options, and their sequences. The others are sampled as in a step without any, to the last bit.
     """
     # A chunk of a prompt that is not complete samples nothing, so that no callable sees it.
     complete = [
         (row, seq) for row, seq in with_options if seq.num_computed_tokens + seq.num_scheduled_tokens == len(seq)
     ]
+    token_ids = sample(logits, temperatures, uniforms)
     edited = logits.to(torch.float32, copy=True)
     for row, seq in complete:
         if seq.params.edits_logits:
@@ -45,7 +46,10 @@ def sample_with_options(
     if filtered:
         rows = torch.tensor([row for row, _ in filtered], device=logits.device)
         temperatures = temperatures.index_fill(0, rows, 1.0)  # which the filters have applied
-    token_ids = sample(edited, temperatures, uniforms).tolist()
+    rows = torch.tensor([row for row, _ in with_options], device=logits.device)
+    random = [] if temperatures is None else [temperatures[rows], uniforms[rows]]
+    token_ids[rows] = sample(edited[rows], *random)
+    token_ids = token_ids.tolist()
     wanted = [(row, seq) for row, seq in complete if seq.params.logprobs is not None]
     for num_top, group in groupby(wanted, key=lambda item: item[1].params.logprobs):
         rows, seqs = zip(*group, strict=True)
