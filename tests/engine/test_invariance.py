@@ -7,6 +7,8 @@ from helpers import random_prompts, save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.sampling import sample_with_options
 from nanovllm.engine.sequence import Sequence
+from nanovllm.layers import weight
+from nanovllm.layers.cpu_kernels import PackedWeight
 from nanovllm.layers.cpu_kernels.compiled import load_kernels
 from nanovllm.layers.sampler import sample
 
@@ -105,3 +107,56 @@ def test_a_request_is_sampled_alike_beside_one_with_options():
     assert sample(logits.float(), *drawn).tolist() != expected  # as the one with options is sampled
     assert sample_with_options(logits, *drawn, [(7, seq)])[:7] == expected[:7]
     assert sample_with_options(logits, *drawn, [(7, seq)])[8:] == expected[8:]
+
+
+# ---- batch_invariant
+
+
+@needs_kernels
+def test_batch_invariant_takes_our_products_where_matrix_units_would_take_others(model, monkeypatch):
+    monkeypatch.setattr(weight, "cpu_has", lambda feature: True)
+    monkeypatch.delenv("NANOVLLM_CPU_PRODUCTS")
+    for quantization in (None, "int8"):
+        with LLM(model, batch_invariant=True, quantization=quantization, **SETTINGS) as llm:
+            assert isinstance(llm.model_runner.model.lm_head.weight, PackedWeight)
+    monkeypatch.setenv("NANOVLLM_CPU_PRODUCTS", "onednn")
+    with pytest.raises(ValueError, match=r"batch_invariant=True needs .* no NANOVLLM_CPU_PRODUCTS=onednn"):
+        LLM(model, batch_invariant=True, **SETTINGS)
+
+
+def test_batch_invariant_where_pytorch_computes_is_an_error(model, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"batch_invariant=True needs .*torch.float32.*leave batch_invariant out"):
+        LLM(model, batch_invariant=True, **SETTINGS | {"dtype": "float32"})
+    save_model(tmp_path, dtype=torch.bfloat16, **SIZES | {"intermediate_size": 74})
+    with pytest.raises(ValueError, match=r"batch_invariant=True needs .*inputs \[74, "):
+        LLM(str(tmp_path), batch_invariant=True, **SETTINGS)
+    save_model(tmp_path, dtype=torch.bfloat16, **SIZES | {"head_dim": 272})
+    with pytest.raises(ValueError, match=r"batch_invariant=True needs .*head_dim=272"):
+        LLM(str(tmp_path), batch_invariant=True, **SETTINGS)
+
+
+def test_batch_invariant_refuses_sums_whose_order_depends_on_their_number(tmp_path):
+    save_model(tmp_path)
+    with pytest.raises(ValueError, match=r"batch_invariant=True and tensor_parallel_size=4.*at most 2"):
+        LLM(str(tmp_path), batch_invariant=True, tensor_parallel_size=4, **SETTINGS)
+
+
+def test_an_engine_on_the_triton_kernels_changes_no_bit(tmp_path, monkeypatch):
+    """In Triton's interpreter; what lies between these kernels is plain PyTorch's there, row by row."""
+    pytest.importorskip("triton")
+    from nanovllm.layers import attention_invariant_triton
+    from nanovllm.layers.linear_triton import TritonWeight
+
+    backend = attention_invariant_triton.InvariantTritonAttention
+    monkeypatch.setattr(attention_invariant_triton, "SPLIT", 32)
+    monkeypatch.setattr("nanovllm.engine.model_runner.choose_backend", lambda *settings: backend)
+    monkeypatch.setattr("nanovllm.engine.model_runner.pack", lambda x, **_: TritonWeight(x) if x.dim() == 2 else x)
+    save_model(tmp_path, num_hidden_layers=1, vocab_size=64)
+    prompts = random_prompts([40, 17, 3], vocab_size=64)
+    params = [SamplingParams(i, max_tokens=4, ignore_eos=True, seed=i, logprobs=0) for i in range(3)]
+    settings = {"device": "cpu", "dtype": "float32", "kvcache_block_size": 64, "num_kvcache_blocks": 30}
+    with LLM(str(tmp_path), **settings) as llm:
+        alone = [llm.generate([p], param, use_tqdm=False)[0] for p, param in zip(prompts, params, strict=True)]
+    with LLM(str(tmp_path), max_num_batched_tokens=13, **settings | {"kvcache_block_size": 16}) as llm:
+        for _ in range(2):  # the second time with cached prefixes
+            assert results(llm.generate(prompts, params, use_tqdm=False)) == results(alone)
