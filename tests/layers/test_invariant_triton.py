@@ -23,7 +23,7 @@ from nanovllm.utils.context import Context
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE.type == "cuda")  # the interpreter's bf16 is wrong
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-LENS = [140, 35, 1, 65]
+LENS = [100, 35, 1, 65]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -40,7 +40,11 @@ class Sequences:
         q, k, v = (torch.cat([self.qkv[row][i] for row in rows]) for i in range(3))
         lens = [LENS[row] for row in rows]
         bounds = ints([0, *lens]).cumsum(0, dtype=torch.int32)
-        return list(InvariantTritonAttention.prefill(q, k, v, k, v, Context(True, bounds, bounds)).split(lens))
+        return list(
+            InvariantTritonAttention.prefill(q, k, v, k, v, Context(cu_seqlens_q=bounds, cu_seqlens_k=bounds)).split(
+                lens
+            )
+        )
 
     def cached(self, stretches: list[tuple[int, int, int]], block_size: int) -> list[torch.Tensor]:
         """Of queries `start` to `end` of sequences, `(row, start, end)`, of which all keys are in a cache."""
@@ -60,7 +64,7 @@ class Sequences:
             context = Context(context_lens=lens, block_tables=tables.to(DEVICE))
             return list(InvariantTritonAttention.decode(q, *caches, context).split(1))
         bounds = ints([0, *new]).cumsum(0, dtype=torch.int32)
-        context = Context(True, bounds, context_lens=lens, block_tables=tables.to(DEVICE))
+        context = Context(cu_seqlens_q=bounds, context_lens=lens, block_tables=tables.to(DEVICE))
         none = torch.full_like(q, torch.nan)
         return list(InvariantTritonAttention.prefill(q, none, none, *caches, context).split(new))
 
@@ -75,18 +79,18 @@ def short_splits(monkeypatch):
 
 
 @by_dtype
-@pytest.mark.parametrize(("shape", "block_size"), [((2, 2, 32), 16), ((1, 3, 80), 24), ((1, 4, 64), 128)], ids=str)
+@pytest.mark.parametrize(("shape", "block_size"), [((1, 3, 80), 24), ((1, 2, 32), 128)], ids=str)
 def test_attention_of_a_token_is_the_same_in_every_step(shape, block_size, dtype, monkeypatch):
     sequences = Sequences(*shape, dtype)
     expected = sequences.whole([0])[0]
     assert torch.equal(sequences.whole([3, 0, 2])[1], expected)
     others = [(1, 5, 35), (2, 0, 1)]
-    for before, cuts in (([], [0, 140]), (others, [0, 37, 100, 101, 139, 140])):  # the second time in chunks
+    for before, cuts in (([], [0, 100]), (others, [0, 37, 99, 100])):  # the second time in chunks
         steps = [[*before, (0, *cut)] for cut in pairwise(cuts)]
         assert torch.equal(torch.cat([sequences.cached(step, block_size)[-1] for step in steps]), expected)
     for num_sms in (0, 1000):  # each sequence's keys are one program's, and many programs'
         monkeypatch.setattr(attention_invariant_triton, "_device", lambda device: ((9, 0), num_sms))  # noqa: B023
-        for position in (0, 64, 139):
+        for position in (0, 64, 99):
             step = [(1, 30, 31), (3, 64, 65), (0, position, position + 1)]
             for others in (step, step[2:]):
                 assert torch.equal(sequences.cached(others, block_size)[-1], expected[position : position + 1])
