@@ -82,6 +82,7 @@ class Config:
     # repeat themselves or the prompt, and the same.
     speculative_tokens: int = 0
     seed: int = 0  # of the sampling and of dummy weights
+    batch_invariant: bool = False  # a request's results do not depend, in any bit, on what runs beside it
     model_path: Path = field(init=False)
     architecture: str = field(init=False)
     eos_token_ids: frozenset[int] = field(init=False)
@@ -97,6 +98,8 @@ class Config:
         if self.hf_config is None:
             self.hf_config = read_hf_config(self.model_path)
         self.architecture = supported_architecture(self.hf_config.architectures, self.model_path)
+        if self.batch_invariant:
+            self._check_invariance()
         check_parallel_size(self.tensor_parallel_size, self.data_parallel_size, self.hf_config, self.device)
         with reading(self.model_path / "config.json"):
             self.max_model_len = min(self.max_model_len, max_position(self.hf_config))
@@ -134,10 +137,24 @@ class Config:
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
         check_float("worker_timeout", self.worker_timeout, 0, 1800, open_low=True)
         check_bool("enforce_eager", self.enforce_eager)
+        check_bool("batch_invariant", self.batch_invariant)
         check_choice("dtype", str(self.dtype).removeprefix("torch."), ["auto", *DTYPES])
         check_choice("attention_backend", self.attention_backend, ["auto", *BACKENDS])
         check_choice("load_format", self.load_format, ["auto", "dummy"])
         check_choice("quantization", self.quantization, [None, "int8"])
+
+    def _check_invariance(self) -> None:
+        """What the runner does not check: collectives, and whose attention is asked for."""
+        if self.tensor_parallel_size > 2:  # the order in which more ranks' sums are added up depends on how many
+            raise ValueError(
+                f"batch_invariant=True and tensor_parallel_size={self.tensor_parallel_size}: sums of more than two "
+                "ranks depend on the batch; use at most 2, and data_parallel_size for more GPUs"
+            )
+        if self.device.type == "cuda" and self.attention_backend not in ("auto", "triton"):
+            raise ValueError(
+                f"batch_invariant=True and attention_backend={self.attention_backend!r}, whose results depend on the "
+                "batch; use 'auto' or 'triton'"
+            )
 
     def _read_eos(self) -> int | Sequence[int]:
         """The ids in generation_config.json, else in config.json; none is an empty list."""

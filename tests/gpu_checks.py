@@ -40,7 +40,7 @@ from nanovllm.layers.attention import BACKENDS, Attention, choose_backend
 from nanovllm.utils.context import Context
 
 Seen = tuple[str, str, str, bool | None]
-TOTAL_SECONDS = 510
+TOTAL_SECONDS = 535
 CUDA = torch.device("cuda")
 H, KH, D, LAYERS = 16, 8, 128, 28  # Qwen3-0.6B's
 
@@ -268,6 +268,35 @@ def graphs_equal_eager() -> Iterator[Seen]:
         )
 
 
+def batch_invariance() -> Iterator[Seen]:
+    """Of a few requests alone, beside others, from the prefix cache, in chunks, eager, in small blocks; its cost."""
+    prompts = random_prompts([3, 700, 290, 1500], vocab_size=100_000)
+    params = [SamplingParams(i % 2, max_tokens=50, ignore_eos=True, seed=i, logprobs=0) for i in range(len(prompts))]
+    others = random_prompts([50 + 3 * i for i in range(120)], seed=1, vocab_size=100_000)
+    params_of_all = params + [SamplingParams(0, max_tokens=100, ignore_eos=True)] * len(others)
+
+    def run(llm: LLM) -> tuple[list, float]:
+        began = time.perf_counter()
+        outputs = llm.generate(prompts + others, params_of_all, use_tqdm=False)
+        seconds = time.perf_counter() - began
+        return [(o.token_ids, o.logprobs) for o in outputs[: len(prompts)]], seconds
+
+    with make_llm(max_num_seqs=128) as llm:
+        default_seconds = run(llm)[1]
+    with make_llm(max_num_seqs=128, batch_invariant=True) as llm:
+        alone = [llm.generate([p], param, use_tqdm=False)[0] for p, param in zip(prompts, params, strict=True)]
+        seen = {"beside others, from the cache": run(llm)}
+    cut = {"enforce_eager": True, "max_num_batched_tokens": 500, "kvcache_block_size": 16}
+    with make_llm(max_num_seqs=128, batch_invariant=True, **cut) as llm:
+        seen["eager, in chunks and small blocks"] = run(llm)
+    expected = [(o.token_ids, o.logprobs) for o in alone]
+    for name, (results, _) in seen.items():
+        same = sum(a == b for a, b in zip(results, expected, strict=True))
+        yield f"batch_invariant, {name}", "equal to each alone", f"{same} of {len(prompts)}", same == len(prompts)
+    ratio = seen["beside others, from the cache"][1] / default_seconds
+    yield "batch_invariant, seconds against the default", "", f"{ratio:.2f} times", None
+
+
 def recompilations() -> Iterator[Seen]:
     """Kernels that Triton builds after start-up: ragged batches, cached prefixes, options; with graphs and without."""
     if importlib.util.find_spec("triton") is None:
@@ -464,11 +493,12 @@ def tensor_parallel() -> Iterator[Seen]:
     )
 
 
-TRITON_TESTS = "tests/layers/test_attention_triton.py", "tests/layers/test_copy_blocks.py"
+TRITON_TESTS = [f"tests/layers/test_{name}.py" for name in ("attention_triton", "copy_blocks", "invariant_triton")]
 FUSED_TESTS = [f"tests/layers/test_{name}.py" for name in ("fused", "sampler", "fallback")]
 GROUPS: dict[str, tuple[int, list[Callable[[], Iterator[Seen]]]]] = {  # seconds, checks of one process, in this order
     "attention": (60, [ceilings, attention_accuracy, large_cache, decode_bandwidth]),
     "graphs": (60, [graphs_equal_eager]),
+    "invariance": (90, [batch_invariance]),
     "parity": (60, [parity]),
     "fallback": (75, [fallback]),
     "bench": (120, [classic_bench]),

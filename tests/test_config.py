@@ -197,3 +197,13 @@ def test_the_cpu_cache_never_exceeds_the_memory_available(path, monkeypatch):
         assert llm.config.num_kvcache_blocks == 100_000 // block_bytes
     with pytest.raises(ValueError, match="lower num_kvcache_blocks"):
         LLM(str(path), kvcache_block_size=8, num_kvcache_blocks=99, dtype="float32", device="cpu")
+
+
+def test_batch_invariant_on_a_gpu_needs_our_attention(path, monkeypatch):
+    monkeypatch.setattr(config, "resolve_device", lambda name: torch.device("cuda"))
+    for name in ("auto", "triton"):
+        Config(str(path), batch_invariant=True, attention_backend=name, dtype="float16")
+    with pytest.raises(ValueError, match=r"batch_invariant=True and attention_backend='flash_attn'.*'triton'"):
+        Config(str(path), batch_invariant=True, attention_backend="flash_attn", dtype="float16")
+    with pytest.raises(TypeError, match="batch_invariant"):
+        Config(str(path), batch_invariant="yes")

@@ -25,7 +25,7 @@ from nanovllm.layers.attention_cpu import CPUAttention
 from nanovllm.layers.logits_processor import token_logprobs
 from nanovllm.layers.parallel_sampler import sample_on_ranks
 from nanovllm.layers.sampler import sample
-from nanovllm.layers.weight import check_quantization, choose_products, pack
+from nanovllm.layers.weight import check_batch_invariance, check_quantization, choose_products, pack
 from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import reading
@@ -61,7 +61,9 @@ class ModelRunner:
         times.append(perf_counter())
         self.attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
         layer, wanted = self.attentions[0], config.kvcache_block_size
-        backend = choose_backend(config.attention_backend, self.device, config.dtype, layer, wanted)
+        backend = choose_backend(
+            config.attention_backend, self.device, config.dtype, layer, wanted, config.batch_invariant
+        )
         self.block_size = config.kvcache_block_size = wanted or backend.block_size
         max_blocks = -(-config.max_model_len // self.block_size)
         self.batch_builder = BatchBuilder(self.block_size, max_blocks)
@@ -158,7 +160,13 @@ class ModelRunner:
     def _build_model(self) -> torch.nn.Module:
         config = self.config
         check_quantization(config.quantization, config.dtype, config.device)
-        products = choose_products(config.max_num_seqs)
+        products = choose_products(config.max_num_seqs, config.device, config.batch_invariant)
+        if config.batch_invariant:
+            sizes, head_dim = config.hf_config, config.hf_config.head_dim
+            inputs = [n // self.tp.size for n in (sizes.intermediate_size, sizes.num_attention_heads * head_dim)]
+            inputs.append(sizes.hidden_size)
+            ours = config.quantization or products
+            check_batch_invariance(config.dtype, config.device, head_dim, inputs, ours)
         convert = partial(pack, quantization=config.quantization, products=products)
         with BUILDING, torch.device("meta"):  # parameters get their memory one by one
             default_dtype = torch.get_default_dtype()

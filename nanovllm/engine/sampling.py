@@ -45,28 +45,40 @@ def sample_with_options(
     """Samples as `sample` does, after the penalties, masks and filters of the sequences that have some.
 
     `num_sampled` of the R rows are each sequence's, None: one. Log-probabilities, of the unchanged logits, are added
-    to the sequences that ask for them. Returns what `split_samples` does.
+    to the sequences that ask for them. Returns what `split_samples` does. Sequences without options are sampled as in a
+    step without any, to the last bit.
     """
     counts = [1] * len(seqs) if num_sampled is None else num_sampled.tolist()
     owners = [(seq, i) for seq, count in zip(seqs, counts, strict=True) for i in range(count)]  # [R], after i drafts
-    edited = logits.to(torch.float32, copy=True)
+    token_ids = sample(logits, temperatures, uniforms)
+    rows = [row for row, (seq, _) in enumerate(owners) if seq.has_options]
+    if rows:
+        random = (None, None) if temperatures is None else (temperatures[rows], uniforms[rows])
+        token_ids[rows] = _sample_edited(logits[rows].to(torch.float32), *random, [owners[row] for row in rows])
+    sampled = split_samples(token_ids.tolist(), seqs, num_sampled)
+    _add_logprobs(logits, seqs, np.cumsum([0, *counts[:-1]]).tolist(), sampled)
+    return sampled
+
+
+def _sample_edited(
+    logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, owners: list[tuple[Sequence, int]]
+) -> Tensor:
+    """Of rows that all have options; changes the [R, V] fp32 logits."""
     for row, (seq, num_drafts) in enumerate(owners):
         if seq.params.edits_logits:
             try:
-                edited[row] = _edit(edited[row], seq, num_drafts)
+                logits[row] = _edit(logits[row], seq, num_drafts)
             except Exception as error:  # of a callable: no other sequence is concerned
                 seq.error = error
     filtered = [(row, seq.params) for row, (seq, _) in enumerate(owners) if seq.params.filters]
     num_at_once = max(1, FILTER_LOGITS // logits.shape[1])
     for start in range(0, len(filtered), num_at_once):
         rows, params = (list(column) for column in zip(*filtered[start : start + num_at_once], strict=True))
-        edited[rows] = _filter(edited[rows], temperatures[rows], params)
+        logits[rows] = _filter(logits[rows], temperatures[rows], params)
     if filtered:
         rows = torch.tensor([row for row, _ in filtered], device=logits.device)
         temperatures = temperatures.index_fill(0, rows, 1.0)  # which the filters have applied
-    sampled = split_samples(sample(edited, temperatures, uniforms).tolist(), seqs, num_sampled)
-    _add_logprobs(logits, seqs, np.cumsum([0, *counts[:-1]]).tolist(), sampled)
-    return sampled
+    return sample(logits, temperatures, uniforms)
 
 
 def _add_logprobs(logits: Tensor, seqs: list[Sequence], first_rows: list[int], sampled: list[list[int]]) -> None:

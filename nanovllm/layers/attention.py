@@ -84,6 +84,11 @@ def open_triton(device: torch.device, dtype: torch.dtype, head_dim: int, block_s
     return import_module("nanovllm.layers.attention_triton").TritonAttention, "triton"
 
 
+def open_invariant(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> Opened:
+    open_triton(device, dtype, head_dim, block_size)
+    return import_module("nanovllm.layers.attention_invariant_triton").InvariantTritonAttention, "triton, invariant"
+
+
 def open_cpu(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> Opened:
     is_compiled = device.type == "cpu" and has_kernels(torch.empty(0, head_dim, dtype=dtype))
     return CPUAttention, "cpu (C++)" if is_compiled else "cpu (plain PyTorch)"
@@ -99,16 +104,19 @@ BACKENDS: dict[str, Callable[[torch.device, torch.dtype, int, int], Opened]] = {
 
 
 def choose_backend(
-    name: str, device: torch.device, dtype: torch.dtype, layer: Attention, block_size: int | None
-) -> AttentionBackend:
+    name: str, device: torch.device, dtype: torch.dtype, layer: Attention, block_size: int | None,
+    batch_invariant: bool = False
+) -> AttentionBackend:  # fmt: skip
     """The backend called `name`; "auto" is the first of `BACKENDS` that works here, and logs why no earlier one does.
 
-    A `block_size` of None is each backend's own. ValueError if the one that was asked for cannot run here, and why.
+    A `block_size` of None is each backend's own. `batch_invariant` leaves of those for CUDA one, "triton" in another
+    form. ValueError if what was asked for cannot run here, and why.
     """
     reasons = []
-    for candidate in BACKENDS if name == "auto" else [name]:
+    openers = {"triton": open_invariant} if batch_invariant and device.type == "cuda" else BACKENDS
+    for candidate in openers if name == "auto" else [name]:
         try:
-            backend, label = BACKENDS[candidate](device, dtype, layer.head_dim, block_size or 256)  # which all take
+            backend, label = openers[candidate](device, dtype, layer.head_dim, block_size or 256)  # which all take
             if backend is not CPUAttention:
                 _check_outputs(backend, device, dtype, layer, block_size or backend.block_size)
         except Exception as error:  # whatever a compiler or a library raises
@@ -120,6 +128,7 @@ def choose_backend(
             level = logging.WARNING if device.type == "cuda" and backend is CPUAttention else logging.INFO
             logger.log(level, "; ".join([f"attention: {label}", *reasons]))
             return backend
+    raise ValueError(f"batch_invariant=True does not work here: {'; '.join(reasons)}; leave it out")
 
 
 def _check_outputs(

@@ -4,6 +4,7 @@ Legend: T tokens, N/K outputs/inputs of a layer.
 """
 
 import os
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from nanovllm.layers import cpu_kernels
 from nanovllm.utils.checks import check_choice
 from nanovllm.utils.device import cpu_has
 
+# One that is no tensor has `shape`, `nbytes`, `linear` and `rows`; on CUDA it is a `linear_triton.TritonWeight`.
 Weight = torch.Tensor | cpu_kernels.PackedWeight | cpu_kernels.Int8Weight
 
 
@@ -35,18 +37,39 @@ def check_quantization(quantization: str | None, dtype: torch.dtype, device: tor
         )
 
 
-def choose_products(max_num_seqs: int) -> str:
-    """Whose products of bf16 weights a CPU with our kernels takes: "packed", ours, or "onednn", PyTorch's.
+def check_batch_invariance(
+    dtype: torch.dtype, device: torch.device, head_dim: int, inputs: list[int], products: str
+) -> None:
+    """ValueError if PyTorch would compute something on a CPU, in an order that depends on the number of rows.
 
-    NANOVLLM_CPU_PRODUCTS decides; without it ours, unless the processor has matrix units (AMX) and steps many rows.
-    Two cores of a Xeon with AMX: 32 prompts of 150 tokens prefill in 5.0 s with oneDNN and in 22.8 s with ours, and
-    decode in 15.9 s and 19.8 s; but 128 steps of one sequence take 11.3 s and 5.4 s, since ours are recorded
-    and read memory faster.
+    `inputs` are the numbers of inputs of all products, `products` says whose those are.
+    """
+    if device.type == "cuda":
+        return
+    nothing = torch.empty(0, dtype=dtype, device=device)
+    if not all(cpu_kernels.has_kernels(nothing, inputs=n, head_dim=head_dim) for n in inputs) or products == "onednn":
+        raise ValueError(
+            "batch_invariant=True needs on a CPU what its compiled kernels need: dtype='bfloat16', a processor with "
+            "AVX512-BF16 and AVX512-VNNI, a C++ compiler, head_dim of at most 256, products of a multiple of 4 inputs, "
+            f"and no NANOVLLM_CPU_PRODUCTS=onednn; here are {dtype}, head_dim={head_dim}, inputs {sorted(set(inputs))} "
+            f"and products {products!r}: leave batch_invariant out"
+        )
+
+
+def choose_products(max_num_seqs: int, device: torch.device, batch_invariant: bool = False) -> str:
+    """Whose products of weights to take: "packed", ours, "onednn", PyTorch's, or on CUDA "library" or "triton".
+
+    For bf16 on a CPU with our kernels NANOVLLM_CPU_PRODUCTS decides; without it ours, unless the processor has matrix
+    units (AMX) and steps many rows. Two cores of a Xeon with AMX: 32 prompts of 150 tokens prefill in 5.0 s with oneDNN
+    and in 22.8 s with ours, and decode in 15.9 s and 19.8 s; but 128 steps of one sequence take 11.3 s and 5.4 s, since
+    ours are recorded and read memory faster. Only ours have results for a row that do not depend on how many there are.
     ValueError if the variable says something else.
     """
+    if device.type == "cuda":
+        return "triton" if batch_invariant else "library"
     chosen = os.environ.get("NANOVLLM_CPU_PRODUCTS")
     if chosen is None:
-        return "onednn" if cpu_has("amx_bf16") and max_num_seqs > 32 else "packed"
+        return "onednn" if cpu_has("amx_bf16") and max_num_seqs > 32 and not batch_invariant else "packed"
     check_choice("NANOVLLM_CPU_PRODUCTS", chosen, ["packed", "onednn"])
     return chosen
 
@@ -56,6 +79,8 @@ def pack(weight: nn.Parameter, quantization: str | None, products: str) -> Weigh
 
     `quantization` was checked; without any, `products` is what `choose_products` says.
     """
+    if weight.dim() == 2 and products == "triton":
+        return import_module("nanovllm.layers.linear_triton").TritonWeight(weight)
     if weight.dim() != 2 or not cpu_kernels.has_kernels(weight, inputs=weight.shape[1]):
         return weight
     if quantization is not None:

@@ -8,7 +8,9 @@ from launches import Specialization, record, without_interpreter
 pytest.importorskip("triton", reason="triton is published for Linux only")
 
 
-def record_engine(path: str, enforce_eager: bool) -> tuple[set[Specialization], set[Specialization]]:
+def record_engine(
+    path: str, enforce_eager: bool, batch_invariant: bool
+) -> tuple[set[Specialization], set[Specialization]]:
     """What is compiled for the start-up of an engine that takes the CPU for CUDA, and for its steps of every kind.
 
     What kernels would write is zero.
@@ -19,7 +21,11 @@ def record_engine(path: str, enforce_eager: bool) -> tuple[set[Specialization], 
     from nanovllm.engine import cuda_graphs, model_runner
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.layers import attention, fused, fused_triton
+    from nanovllm.layers.attention_invariant_triton import InvariantTritonAttention
     from nanovllm.layers.attention_triton import TritonAttention
+    from nanovllm.layers.linear_triton import TritonWeight
+
+    backend = InvariantTritonAttention if batch_invariant else TritonAttention
 
     class Graph:
         """Replayed, it launches nothing that Triton would look at."""
@@ -37,9 +43,9 @@ def record_engine(path: str, enforce_eager: bool) -> tuple[set[Specialization], 
     ModelRunner._can_record = lambda runner: False
     torch.Tensor.new_empty, torch.empty_like = torch.Tensor.new_zeros, torch.zeros_like
     torch.cuda.memory_reserved = torch.cuda.max_memory_reserved = torch.cuda.reset_peak_memory_stats = lambda device: 0
-    model_runner.pack = lambda weight, **_: weight
+    model_runner.pack = lambda x, **_: TritonWeight(x) if batch_invariant and x.dim() == 2 else x
     attention.TOLERANCE = float("inf")
-    attention.BACKENDS["triton"] = lambda *settings: (TritonAttention, "triton")
+    attention.BACKENDS["triton"] = lambda *settings: (backend, "triton")
     fused._kernels = lambda *_: fused_triton
     cuda_graphs.capture = lambda work, pool: (Graph(), work())
     cuda_graphs.LARGEST = 4
@@ -63,13 +69,16 @@ def record_engine(path: str, enforce_eager: bool) -> tuple[set[Specialization], 
     return record(start), record(generate)
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_no_step_needs_a_kernel_that_start_up_did_not(tmp_path, enforce_eager):
+def test_no_step_needs_a_kernel_that_start_up_did_not(tmp_path, enforce_eager, batch_invariant):
     save_model(tmp_path)
-    start_up, steps = without_interpreter(record_engine, str(tmp_path), enforce_eager)
-    assert {each.kernel for each in steps} == {
-        "_store_kernel", "_prefill_kernel", "_split_kernel", "_merge_splits_kernel", "_add_rms_norm_kernel",
-        "_norm_rope_kernel", "_silu_and_mul_kernel", "_sum_kernel", "_pick_kernel",
-        "_copy_kernel",
+    start_up, steps = without_interpreter(record_engine, str(tmp_path), enforce_eager, batch_invariant)
+    ours = {"_prefill_kernel", "_split_kernel", "_merge_splits_kernel"}
+    if batch_invariant:
+        ours = {"_attend_kernel", "_merge_kernel", "_linear_kernel"}
+    assert {each.kernel for each in steps} == ours | {
+        "_store_kernel", "_add_rms_norm_kernel", "_norm_rope_kernel", "_silu_and_mul_kernel", "_sum_kernel",
+        "_pick_kernel", "_copy_kernel",
     }  # fmt: skip
     assert sorted(map(str, steps - start_up)) == []

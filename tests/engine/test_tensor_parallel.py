@@ -18,6 +18,7 @@ from helpers import default_interrupts, random_prompts, reference_tokens, save_m
 from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine import workers
+from nanovllm.layers.cpu_kernels.compiled import load_kernels
 from nanovllm.models import MODELS
 from nanovllm.utils import loader
 from nanovllm.utils.parallel import TensorParallel
@@ -90,6 +91,19 @@ def test_logprobs_of_completions_and_prompts_equal_those_of_one_rank(llm, single
                     assert (a["token_id"], a["rank"]) == (b["token_id"], b["rank"])
                     assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-4)
                     assert [token for token, *_ in a["top"]] == [token for token, *_ in b["top"]]
+
+
+@pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
+def test_beside_others_and_in_chunks_two_ranks_change_no_bit_of_a_request(tmp_path):
+    save_model(tmp_path, dtype=torch.bfloat16)
+    prompts, settings = random_prompts([3, 70, 130]), {"tensor_parallel_size": 2, "num_kvcache_blocks": 100}
+    settings |= SETTINGS | {"dtype": "bfloat16", "batch_invariant": True}
+    params = [SamplingParams(i, max_tokens=20, ignore_eos=True, seed=i, logprobs=1) for i in range(3)]
+    with LLM(str(tmp_path), **settings | {"kvcache_block_size": 64}) as llm:
+        alone = [generate(llm, [p], param)[0] for p, param in zip(prompts, params, strict=True)]
+    with LLM(str(tmp_path), **settings | {"max_num_batched_tokens": 50}) as llm:
+        outputs = generate(llm, random_prompts([5, 90, 33], seed=9) + prompts, [SamplingParams(0)] * 3 + params)[3:]
+    assert [(o.token_ids, o.logprobs) for o in outputs] == [(o.token_ids, o.logprobs) for o in alone]
 
 
 def test_forked_blocks_are_copied_on_every_rank(llm, single):

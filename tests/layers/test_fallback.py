@@ -79,3 +79,17 @@ def test_an_engine_without_triton_starts_and_says_so_twice(gpu, caplog, monkeypa
         "no Triton kernels, but plain PyTorch in their place: Failed to find C compiler.",
         "attention: cpu (plain PyTorch); not triton: Failed to find C compiler.",
     ]
+
+
+def test_batch_invariant_takes_its_own_attention_or_none(gpu, monkeypatch):
+    from nanovllm.layers.attention_invariant_triton import InvariantTritonAttention
+
+    gpu()
+    monkeypatch.setattr(attention, "_check_outputs", lambda *settings: None)
+    for name in ("auto", "triton"):
+        backend = choose_backend(name, CUDA, torch.float16, Attention(4, 2, 64), 256, batch_invariant=True)
+        assert backend is InvariantTritonAttention
+    with pytest.raises(ValueError, match=r"batch_invariant=True does not work here: .*head_dim of 16 to 256"):
+        choose_backend("auto", CUDA, torch.float16, Attention(4, 2, 272), 256, batch_invariant=True)
+    cpu = torch.device("cpu")
+    assert choose_backend("auto", cpu, torch.float32, Attention(4, 2, 64), 64, batch_invariant=True) is CPUAttention

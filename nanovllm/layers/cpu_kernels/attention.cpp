@@ -27,16 +27,28 @@ struct Tile {  // n keys from `start` on, and the keys of the tile after it
     int64_t start, n;
 };
 
+struct Copy {  // of a tile
+    bf16 k[KEYS * MAX_DIM], v[KEYS * MAX_DIM];
+};
+
 struct Keys {  // of one KV head of one sequence
     const bf16 *k, *v;
     const int32_t* table;  // block ids; nullptr: the keys follow each other
     int64_t block_size, block_stride, k_stride, v_stride;
 
-    // The first of keys [from, to) that follow each other in memory.
-    Tile tile(int64_t from, int64_t to) const {
+    // Keys [from, from + n), which begin and end where they would with any block size, or else sums would depend on
+    // it: what is in several blocks is copied.
+    Tile tile(int64_t from, int64_t n, int64_t d, Copy& copy) const {
         int64_t block = from / block_size, offset = from % block_size, start = table ? table[block] * block_stride : 0;
-        const bf16 *tile_k = k + start + offset * k_stride, *tile_v = v + start + offset * v_stride;
-        return {tile_k, tile_v, tile_k, from, std::min(to - from, block_size - offset)};
+        if (n <= block_size - offset)
+            return {k + start + offset * k_stride, v + start + offset * v_stride, nullptr, from, n};
+        for (int64_t done = 0; done < n; block++, offset = 0) {
+            int64_t source = table[block] * block_stride + offset * d, some = std::min(n - done, block_size - offset);
+            std::memcpy(copy.k + done * d, k + source, 2 * some * d);
+            std::memcpy(copy.v + done * d, v + source, 2 * some * d);
+            done += some;
+        }
+        return {copy.k, copy.v, nullptr, from, n};
     }
 };
 
@@ -237,10 +249,14 @@ EXPORT void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const
             std::fill(rows.sums[r], rows.sums[r] + padded(d), 0.0f);
         }
         int64_t limit = rows.limits[num_rows - 1];
-        Tile tile, next = limit > 0 ? keys.tile(0, std::min(limit, KEYS)) : Tile{};
-        for (int64_t from = 0; from < limit; from += tile.n) {
+        Copy copies[2];
+        auto find_tile = [&](int64_t from) {
+            return keys.tile(from, std::min(limit - from, KEYS), d, copies[from / KEYS % 2]);
+        };
+        Tile tile, next = find_tile(0);
+        for (int64_t from = 0; from < limit; from += KEYS) {
             tile = next;
-            if (from + tile.n < limit) next = keys.tile(from + tile.n, std::min(limit, from + tile.n + KEYS));
+            if (from + KEYS < limit) next = find_tile(from + KEYS);
             tile.next_k = next.k;
             for (int64_t r = 0; r < num_rows; r += 4) {
                 int64_t num = std::min<int64_t>(4, num_rows - r);

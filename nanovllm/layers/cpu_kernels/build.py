@@ -15,6 +15,7 @@ FEATURES = ["avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16", "a
 UID = os.getuid() if hasattr(os, "getuid") else 0  # as Windows says of every file
 FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"]
 FLAGS += ["-mfma", "-mprefer-vector-width=512", *("-m" + feature.replace("512_", "512") for feature in FEATURES)]
+FLAGS += ["-ffp-contract=off"]  # which products and sums are fused may depend on a tile's rows, and results may not
 
 
 def build() -> Path:

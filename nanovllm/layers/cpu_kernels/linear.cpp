@@ -107,7 +107,7 @@ void tile_int8(const uint8_t* x, const float* x_scales, const Int8Weight& w, int
         int64_t size = std::min(GROUP, k - g * GROUP);
         group_int8<R>(x + g * GROUP * R, values + g * GROUP * PANEL, start, size, dots, ahead);
         for (int r = 0; r < R; r++)
-            for (int i = 0; i < PANEL; i++) sums[r][i] += float(dots[r][i]) * x_scales[g * R + r];
+            for (int i = 0; i < PANEL; i++) sums[r][i] = std::fma(float(dots[r][i]), x_scales[g * R + r], sums[r][i]);
     }
     for (int r = 0; r < R; r++)
         for (int64_t i = 0; i < PANEL; i += 16) {
