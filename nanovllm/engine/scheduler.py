@@ -173,12 +173,11 @@ class Scheduler:
     def _settle(self, seq: Sequence, token_ids: list[int]) -> list[int]:
         """The tokens that are kept of those that its drafts foresaw, up to an end. Gives back what the rest had."""
         self.drafter.learn(seq, len(token_ids) - 1, len(seq.draft_ids))
-        num_kept = next(
-            (i + 1 for i, token_id in enumerate(token_ids) if token_id in seq.end_token_ids), len(token_ids)
-        )
-        seq.num_scheduled_tokens, seq.draft_ids = num_kept, ()
-        self.block_manager.trim(seq, seq.num_computed_tokens + num_kept)
-        return token_ids[:num_kept]
+        ends = (i + 1 for i, token_id in enumerate(token_ids) if token_id in seq.end_token_ids)
+        kept = token_ids[: next(ends, None)]
+        seq.num_scheduled_tokens, seq.draft_ids = len(kept), ()
+        self.block_manager.trim(seq, seq.num_computed_tokens + len(kept))
+        return kept
 
     def _preempt_newest(self) -> None:
         """Makes room. A request that cannot go on even alone ends with what it has."""

@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from helpers import default_interrupts, random_prompts, reference_tokens, save_model
 from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.config import Config
-from nanovllm.engine import workers
+from nanovllm.engine import drafts, workers
 from nanovllm.layers.cpu_kernels.compiled import load_kernels
 from nanovllm.models import MODELS
 from nanovllm.utils import loader
@@ -60,10 +61,15 @@ def tokens_of(outputs):
 # ---- results
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_greedy_and_seeded_tokens_equal_those_of_one_rank_whatever_happens_to_a_request(checkpoint, single, size):
+@pytest.mark.parametrize(("size", "most_guesses"), [(2, 0), (4, 0), (2, 4)])
+def test_greedy_and_seeded_tokens_equal_those_of_one_rank_whatever_happens_to_a_request(
+    checkpoint, single, monkeypatch, size, most_guesses
+):
     """Greedy ones equal transformers' too; with chunks, preemption and, the second time, prefix hits."""
     path, model = checkpoint
+    monkeypatch.setattr(drafts.Drafter, "_best_counts", lambda self, chances, n: np.full(len(chances), self.most))
+    guesses, look_up = [], drafts.look_up
+    monkeypatch.setattr(drafts, "look_up", lambda ids, most: guesses.append(look_up(ids, most)) or guesses[-1])
     prompts = random_prompts(LENGTHS)
     prompts.append(prompts[-1][: 4 * BLOCK] + prompts[0])  # shares four blocks
     greedy = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
@@ -71,13 +77,14 @@ def test_greedy_and_seeded_tokens_equal_those_of_one_rank_whatever_happens_to_a_
     expected = [reference_tokens(model, prompt, MAX_TOKENS) for prompt in prompts]
     sampled = tokens_of(generate(single, prompts, seeded))
     assert len(set(map(tuple, sampled))) == len(prompts) and sampled != expected
-    with LLM(str(path), tensor_parallel_size=size, **PRESSURED) as llm:
+    with LLM(str(path), tensor_parallel_size=size, speculative_tokens=most_guesses, **PRESSURED) as llm:
         llm.scheduler.output_ratio = 0.0  # admit without foresight, so that preemption must happen
         for _ in range(2):
             assert tokens_of(generate(llm, prompts, greedy)) == expected
         assert tokens_of(generate(llm, prompts, seeded)) == sampled
         assert llm.scheduler.num_preemptions > 0
         assert llm.block_manager.num_free_blocks == llm.config.num_kvcache_blocks
+    assert any(guesses) == (most_guesses > 0)
 
 
 def test_logprobs_of_completions_and_prompts_equal_those_of_one_rank(llm, single):

@@ -139,11 +139,11 @@ def test_prefill_over_cached_prefixes_reads_only_the_cache(shape, dtype):
 
 
 @pytest.mark.parametrize("num_rows", [1, 4000])
-@on_grid
+@pytest.mark.parametrize(("shape", "dtype"), GRID[:6], ids=str)
 def test_few_queries_over_long_prefixes_split_the_keys(shape, dtype, num_rows, monkeypatch):
     monkeypatch.setattr(attention_triton, "_prefill_kernel", None)
     fill_gpu(monkeypatch, num_rows)
-    case = Case(shape, [300, 1, 70, 600 if dtype == torch.float16 else 90], dtype, new=[5, 1, 64, 17])
+    case = Case(shape, [150, 1, 70, 90], dtype, new=[5, 1, 64, 17])
     close(prefill_cached(case), case.prefill_reference())
 
 
