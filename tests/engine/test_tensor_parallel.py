@@ -134,7 +134,7 @@ def sizes(llm, monkeypatch):
     publish, sizes = llm.model_runner.workers.publish, {"prefill": [], "decode": []}
 
     def measured(method, message):
-        kind = ("decode" if len(message) == 6 else "prefill") if method == "forward" else method
+        kind = ("decode" if message[0].cu_seqlens_q is None else "prefill") if method == "forward" else method
         sizes.setdefault(kind, []).append(len(pickle.dumps((method, message), 5)))
         publish(method, message)
 
