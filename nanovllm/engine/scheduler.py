@@ -14,6 +14,8 @@ from nanovllm.engine.sequence import Sequence, SequenceStatus
 if TYPE_CHECKING:
     from nanovllm.config import Config
 
+LONG_PROMPT = 8  # times `chunk_tokens`; shorter ones are computed whole beside what decodes
+
 
 class Scheduler:
     """Owns every unfinished sequence.
@@ -43,7 +45,7 @@ class Scheduler:
         # The share of `max_tokens` that finished requests used: how long the running ones are expected to go on.
         self.output_ratio = 1.0
         self.num_decode_tokens = self.num_prefill_tokens = 0  # of the step: of running sequences, and of prompts
-        self._has_preempted = False  # in this step
+        self._has_preempted, self._num_running = False, 0  # in this step, and when it began
         self._admission_failed = False  # nothing was released since the head of `waiting` did not fit
         self._forked: list[Sequence] = []  # running ones that may share the block which they write to next
         self._load: list[tuple[int, int, float]] = []  # of each running sequence, see `_load_of`, while prompts come
@@ -69,10 +71,10 @@ class Scheduler:
         First all that are running, with a token each and perhaps drafts of the next, then prompts. None at all: nothing
         is left to run, which also happens when the last one has outgrown the cache (see `finished`).
         """
-        self._has_preempted, self.num_prefill_tokens = False, 0
+        self._has_preempted, self.num_prefill_tokens, self._num_running = False, 0, len(self.running)
         seqs = self._schedule_running()
         if not self._has_preempted:  # else there is no room for more
-            seqs += self._schedule_waiting(self._prompt_budget())
+            seqs += self._schedule_waiting(self.max_num_batched_tokens - self.num_decode_tokens)
         while self.held and not seqs and self._head():  # those that keep blocks are in the way
             self.drop_held([next(reversed(self.held.values()))])
             seqs = self._schedule_waiting(self.max_num_batched_tokens)
@@ -196,13 +198,15 @@ class Scheduler:
 
     # ---- waiting ones
 
-    def _prompt_budget(self) -> int:
-        """Tokens of prompts in this step: as many as fit until half the batch decodes, for the sooner it is full the
-        better. Then so few that they take no longer than what decodes, which else would wait for them.
+    def _part_of(self, seq: Sequence) -> int:
+        """How many tokens of a prompt a step may compute: of a long one so few that those which decode hardly wait for
+        it; but all that fit until half of the batch decodes, for the sooner it is full the better.
         """
-        budget, num_running = self.max_num_batched_tokens - self.num_decode_tokens, len(self.running)
+        num_left, num_running = len(seq) - seq.num_computed_tokens, self._num_running
         is_filling = min(len(self.waiting), self.max_num_seqs - num_running) > num_running
-        return budget if not num_running or is_filling else min(budget, num_running + self.chunk_tokens)
+        if not num_running or is_filling or len(seq) <= LONG_PROMPT * self.chunk_tokens:
+            return num_left
+        return min(num_left, num_running + self.chunk_tokens)
 
     def _head(self) -> Sequence | None:
         """The first that waits. Those that were ended while they waited are only now taken off."""
@@ -231,7 +235,7 @@ class Scheduler:
                 if not self._attach_prefix(seq, hits):
                     self._admission_failed = True
                     break
-            num_tokens = min(budget, len(seq) - seq.num_computed_tokens)
+            num_tokens = min(budget, self._part_of(seq))
             if manager.num_blocks_missing(seq, num_tokens) > manager.num_free_blocks:
                 self._admission_failed = True
                 break
@@ -242,7 +246,7 @@ class Scheduler:
             seqs.append(seq)
             computing.update(manager.hashes(seq)[seq.num_computed_tokens // block_size :])
             if seq.num_computed_tokens + num_tokens < len(seq):
-                break  # a chunk: the budget is spent, and it stays at the head
+                break  # a chunk: it stays at the head
             self.waiting.popleft()
             seq.status = SequenceStatus.RUNNING
             self.running.append(seq)

@@ -121,7 +121,7 @@ def default_chunk_tokens(device: torch.device) -> int:
 
     A constant, and no measurement, so that a call computes the same each time.
     """
-    return 16 if device.type == "cpu" else 2048
+    return 32 if device.type == "cpu" else 2048
 
 
 def default_cache_bytes(device: torch.device, available: int) -> int:
