@@ -83,7 +83,7 @@ ENGINE_OPTIONS = {  # fields of Config, with their defaults
     "attention_backend": "of nanovllm",
     "max_model_len": "most tokens of a sequence",
     "max_num_seqs": "most sequences at a time",
-    "max_num_batched_tokens": "most tokens in a prefill step",
+    "max_num_batched_tokens": "most tokens in a step",
     "kvcache_block_size": "tokens in a block of the KV cache",
     "num_kvcache_blocks": "-1 fills the memory budget",
     "quantization": "int8 (nanovllm on a CPU)",

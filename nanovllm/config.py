@@ -57,7 +57,7 @@ class Config:
     """Settings of an engine; the README explains each. TypeError or ValueError if one is wrong for model or device."""
 
     model: str  # a Hugging Face checkpoint directory, or an `owner/name` id of the hub
-    # Most tokens of a prefill step, a longer prompt is computed in chunks; None: 16384, on a CPU 1024.
+    # Most tokens of a step, if not more sequences run; longer prompts come in chunks. None: 16384, on a CPU 1024.
     max_num_batched_tokens: int | None = None
     max_num_seqs: int = 512  # most sequences that run at the same time
     max_model_len: int = 4096  # most tokens of a sequence, prompt included; lowered to what the model supports

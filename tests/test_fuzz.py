@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -89,6 +90,16 @@ def test_settings(model, values):
         return
 
 
+def opens_or_is_refused(path: Path, **settings) -> None:
+    """An engine of the checkpoint, which is removed."""
+    try:
+        LLM(str(path), device="cpu", num_kvcache_blocks=4, max_model_len=64, **settings).exit()
+    except (TypeError, ValueError):
+        pass
+    finally:
+        shutil.rmtree(path)
+
+
 @given(st.data())
 def test_a_checkpoints_config(model, tmp_path_factory, data):
     path = tmp_path_factory.mktemp("config")
@@ -98,12 +109,7 @@ def test_a_checkpoints_config(model, tmp_path_factory, data):
         stored[name] = data.draw(JSON)
     (path / "config.json").write_text(json.dumps(stored))
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": data.draw(JSON)}))
-    try:
-        LLM(str(path), device="cpu", load_format="dummy", num_kvcache_blocks=4, max_model_len=64).exit()
-    except (TypeError, ValueError):
-        pass
-    finally:
-        shutil.rmtree(path)
+    opens_or_is_refused(path, load_format="dummy")
 
 
 @given(st.data())
@@ -129,9 +135,4 @@ def test_a_safetensors_file(model, tmp_path_factory, data):
         text = json.dumps(header).encode()
         raw[: 8 + size] = struct.pack("<Q", len(text)) + text
     file.write_bytes(raw)
-    try:
-        LLM(str(path), dtype="float32", device="cpu", num_kvcache_blocks=4, max_model_len=64).exit()
-    except (TypeError, ValueError):
-        pass
-    finally:
-        shutil.rmtree(path)
+    opens_or_is_refused(path, dtype="float32")

@@ -15,7 +15,6 @@ from xxhash import xxh64_intdigest
 
 from nanovllm.config import Config, known_fields
 from nanovllm.engine import inputs
-from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.call_loop import CallLoop, News
 from nanovllm.engine.detokenizer import TextStream
 from nanovllm.engine.engine_loop import EngineLoop
@@ -56,8 +55,8 @@ class LLMEngine:
             self._loop: CallLoop = ReplicaLoop(config)
         else:
             self.model_runner = ModelRunner(config) if config.tensor_parallel_size == 1 else ParallelRunner(config)
-            self.block_manager = BlockManager(config.num_kvcache_blocks, config.kvcache_block_size)
-            self.scheduler = Scheduler.of(config, self.block_manager)
+            self.scheduler = Scheduler.of(config)
+            self.block_manager = self.scheduler.block_manager
             self._loop = EngineLoop(self.model_runner, self.scheduler)
         self._lock = threading.Lock()  # of what several callers would change at once: the tokenizer, the number below
         self._num_sequences = 0
@@ -113,10 +112,10 @@ class LLMEngine:
         return self._loop.do(self._loop.is_finished) and self._ended.empty()
 
     def step(self) -> tuple[list[RequestOutput], int]:
-        """Runs one prefill or decode step.
+        """Runs one step.
 
-        Returns the outputs of the added requests that have ended, each with its `request_id`, and how many tokens a
-        prefill step computed, or minus how many sequences a decode step advanced.
+        Returns the outputs of the added requests that have ended, each with its `request_id`, and how many tokens
+        the step computed, as a negative number if all were of running sequences and none of a prompt.
         """
         self._check_single("step")
         num_tokens, outputs = self._loop.do(self._loop.step), []

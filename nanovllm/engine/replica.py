@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from nanovllm.config import Config
 from nanovllm.engine import inputs
-from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.call_loop import News
 from nanovllm.engine.detokenizer import TextStream
 from nanovllm.engine.engine_loop import EngineLoop
@@ -206,8 +205,7 @@ class Replica:
     def __init__(self, connection: Connection, config: Config):
         self._connection, self._config = connection, config
         runner = ModelRunner(config) if config.tensor_parallel_size == 1 else ParallelRunner(config)
-        manager = BlockManager(config.num_kvcache_blocks, config.kvcache_block_size)
-        self._loop = ReportingLoop(runner, Scheduler.of(config, manager))
+        self._loop = ReportingLoop(runner, Scheduler.of(config))
 
     def serve(self) -> None:
         cache = self._config.num_kvcache_blocks, self._config.kvcache_block_size

@@ -52,11 +52,12 @@ class Scheduler:
         self._growth = 0.0  # blocks that all of them together will take beside those they hold, if none ended before
 
     @classmethod
-    def of(cls, config: Config, block_manager: BlockManager) -> Scheduler:
+    def of(cls, config: Config) -> Scheduler:
+        """With the blocks of an engine's cache, once the model runner has sized it."""
         most = config.speculative_tokens
         drafter = Drafter(most, config.max_decode_tokens) if most else None
         sizes = config.max_num_seqs, config.max_num_batched_tokens, config.chunk_tokens
-        return cls(block_manager, *sizes, drafter)
+        return cls(BlockManager(config.num_kvcache_blocks, config.kvcache_block_size), *sizes, drafter)
 
     def is_finished(self) -> bool:
         return not self.sequences

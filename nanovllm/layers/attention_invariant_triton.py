@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.layers.attention_triton import TritonAttention, _attend, _device
+from nanovllm.layers.attention_triton import TritonAttention, _attend, _device, _owner
 from nanovllm.utils.context import Context
 
 SPLIT = 512  # keys
@@ -102,17 +102,11 @@ def _attend_kernel(
 ):  # fmt: skip
     """A program takes ROWS // GROUP queries of a sequence with the heads of a group, over all keys or a split of them.
 
-    The longest stretches of keys start first. The queries make at most T // (ROWS // GROUP) + S pieces: sequence i owns
-    those from its start // (ROWS // GROUP) + i on.
+    The longest stretches of keys start first. The queries make at most T // (ROWS // GROUP) + S pieces.
     """
     kv_head, piece, split = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)
     num_queries: tl.constexpr = ROWS // GROUP
-    num_before = 0
-    for start in range(0, num_seqs, 512):
-        seqs = start + tl.arange(0, 512)
-        starts = tl.load(cu_seqlens_q + seqs, mask=seqs < num_seqs, other=0)
-        num_before += tl.sum(((starts // num_queries + seqs <= piece) & (seqs < num_seqs)).to(tl.int32))
-    seq = num_before - 1
+    seq = _owner(cu_seqlens_q, num_seqs, piece, num_queries)
     q_start = tl.load(cu_seqlens_q + seq)
     len_q = tl.load(cu_seqlens_q + seq + 1) - q_start
     first = (piece - q_start // num_queries - seq) * num_queries

@@ -227,6 +227,17 @@ def _attend(
     return highest, total, acc
 
 
+@triton.jit
+def _owner(cu_seqlens_q, num_seqs, piece, ROWS: tl.constexpr):
+    """The sequence of a piece of ROWS queries: sequence i owns those from its start // ROWS + i on."""
+    num_before = 0
+    for start in range(0, num_seqs, 512):
+        seqs = start + tl.arange(0, 512)
+        starts = tl.load(cu_seqlens_q + seqs, mask=seqs < num_seqs, other=0)
+        num_before += tl.sum(((starts // ROWS + seqs <= piece) & (seqs < num_seqs)).to(tl.int32))
+    return num_before - 1
+
+
 @triton.jit(do_not_specialize=RAGGED)
 def _prefill_kernel(
     q, k, v, out, cu_seqlens_q, cu_seqlens_k, block_tables, num_seqs, columns, q_stride, k_stride, v_stride,
@@ -235,16 +246,10 @@ def _prefill_kernel(
 ):  # fmt: skip
     """A program takes one head's next ROWS queries of a sequence; the longest stretches of keys start first.
 
-    The T queries make at most T // ROWS + S pieces: sequence i owns those from its start // ROWS + i on. Sequences with
-    FEW queries or less are left out.
+    The T queries make at most T // ROWS + S pieces. Sequences with FEW queries or less are left out.
     """
     head, piece = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
-    num_before = 0
-    for start in range(0, num_seqs, 512):
-        seqs = start + tl.arange(0, 512)
-        starts = tl.load(cu_seqlens_q + seqs, mask=seqs < num_seqs, other=0)
-        num_before += tl.sum(((starts // ROWS + seqs <= piece) & (seqs < num_seqs)).to(tl.int32))
-    seq = num_before - 1
+    seq = _owner(cu_seqlens_q, num_seqs, piece, ROWS)
     q_start, k_start = tl.load(cu_seqlens_q + seq), tl.load(cu_seqlens_k + seq)
     len_q = tl.load(cu_seqlens_q + seq + 1) - q_start
     len_k = tl.load(cu_seqlens_k + seq + 1) - k_start
