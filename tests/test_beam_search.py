@@ -76,11 +76,11 @@ def test_beams_share_their_common_blocks_and_compute_one_token_a_step(checkpoint
     with LLM(str(path), kvcache_block_size=BLOCK, num_kvcache_blocks=60, dtype="float32") as llm:
         step, run, most_blocks = llm.model_runner.run, [], []
 
-        def recording(seqs):
+        def recording(seqs, *args):
             computed.append(sum(seq.num_scheduled_tokens for seq in seqs))
             most_blocks.append(60 - llm.block_manager.num_free_blocks)
             run.append(len(seqs))
-            return step(seqs)
+            return step(seqs, *args)
 
         llm.model_runner.run = recording
         llm.beam_search([prompt], BeamSearchParams(beam_width=4, max_tokens=10, ignore_eos=True), use_tqdm=False)

@@ -255,9 +255,13 @@ def test_a_seed_gives_the_same_tokens_whatever_happens(checkpoint):
 
 def test_n_completions_share_the_prompts_blocks_and_differ(llm):
     [prompt] = prompts_for(llm, [3 * BLOCK + 5], seed=50)
-    computed = []
-    run = llm.model_runner.run
-    llm.model_runner.run = lambda seqs: computed.append([seq.num_scheduled_tokens for seq in seqs]) or run(seqs)
+    computed, run = [], llm.model_runner.run
+
+    def recording(seqs, *args):
+        computed.append([seq.num_scheduled_tokens for seq in seqs])
+        return run(seqs, *args)
+
+    llm.model_runner.run = recording
     try:
         params = SamplingParams(n=5, temperature=1.5, max_tokens=10, ignore_eos=True)
         [output] = generate(llm, [prompt], params)

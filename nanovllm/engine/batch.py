@@ -29,6 +29,7 @@ class Batch:
     has_options: bool = False  # some sequence asks for more than a temperature
     seq_ids: list[int] | None = None  # [D + C]
     prompt_logprob_rows: np.ndarray | None = None  # tokens of which the next one's log-probability is wanted
+    sources: np.ndarray | None = None  # [D] int64: which of the last samples a row's input is, -1 if `input_ids` has it
 
     @property
     def random(self) -> list[np.ndarray | None]:
@@ -53,15 +54,18 @@ class BatchBuilder:
         self.max_blocks = max_blocks
         self._seqs: list[Sequence] = []  # whose arrays the fields below are
 
-    def build(self, seqs: list[Sequence]) -> Batch:
-        """The scheduled tokens of each sequence; those with chunks come last."""
+    def build(self, seqs: list[Sequence], unread: list[Sequence] = ()) -> Batch:
+        """The scheduled tokens of each sequence; those with chunks come last.
+
+        The last tokens of `unread` are not known here, but on the device: the samples of the step before.
+        """
         starts = np.fromiter(map(attrgetter("num_computed_tokens"), seqs), np.int64, len(seqs))
         lens = np.fromiter(map(attrgetter("num_scheduled_tokens"), seqs), np.int64, len(seqs))
         ends = starts + lens
         self._update(seqs, starts, ends)
         # What brings a prompt's last token alone is a decode, too: it is computed in the same way. Only the last
         # sequence may be a prompt that is not complete.
-        is_plain = lens.max() == 1 and ends[-1] == len(seqs[-1])
+        is_plain = lens.max() == 1 and ends[-1] >= len(seqs[-1])
         batch = self._decode(seqs, ends) if is_plain else self._mixed(seqs, starts, lens, ends)
         if self._temperatures.any():
             temperatures, keys, positions = self._temperatures, self._keys, batch.positions
@@ -72,6 +76,10 @@ class BatchBuilder:
                 temperatures, keys = temperatures[rows], keys[rows]
             # A token's draw depends on its request and its position alone.
             batch.temperatures, batch.uniforms = temperatures, splitmix64(keys, positions + 1)
+        if unread:
+            row_of = {seq.seq_id: row for row, seq in enumerate(unread)}
+            rows = [row_of.get(seq_id, -1) for seq_id in self._seq_ids[: batch.num_decode]]
+            batch.sources = np.array(rows, dtype=np.int64)
         return batch
 
     def _decode(self, seqs: list[Sequence], ends: np.ndarray) -> Batch:

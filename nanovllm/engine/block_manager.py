@@ -139,9 +139,8 @@ class BlockManager:
         block.ref_count = 1
         return block_id
 
-    def publish(self, seq: Sequence, num_tokens: int) -> None:
-        """Enters into the prefix cache the blocks that `seq` has just filled by computing `num_tokens` tokens."""
-        start, end = seq.num_computed_tokens - num_tokens, seq.num_computed_tokens
+    def publish(self, seq: Sequence, start: int, end: int) -> None:
+        """Enters into the prefix cache the blocks that `seq` has filled by computing its tokens from `start` on."""
         for k in range(start // self.block_size, end // self.block_size):
             block = self.blocks[seq.block_table[k]]
             block.parent_uid = self.blocks[seq.block_table[k - 1]].uid if k else ROOT

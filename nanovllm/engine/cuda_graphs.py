@@ -60,11 +60,14 @@ class DecodeGraphs:
                 pool = graph.pool()
                 self._graphs[size] = graph, output
 
-    def replay(self, batch: Batch) -> torch.Tensor:
-        """[S, hidden_size] of at most `sizes[-1]` sequences; valid until the next replay."""
+    def replay(self, batch: Batch, last_tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """[S, hidden_size] of at most `sizes[-1]` sequences; valid until the next replay.
+
+        `last_tokens` are those that `batch.sources` refers to.
+        """
         num_seqs = len(batch.context_lens)
         size = next(size for size in self.sizes if size >= num_seqs)
-        self._inputs.write(batch, size)
+        take_samples(self._inputs.write(batch, size)[0], batch.sources, last_tokens)
         mark("upload")
         graph, output = self._graphs[size]
         graph.replay()
@@ -83,10 +86,11 @@ class RecordedSteps:
         self._memory = Memory(max_num_seqs)
         self._recordings: dict[int, Recording] = {}
 
-    def replay(self, batch: Batch) -> torch.Tensor:
+    def replay(self, batch: Batch, last_tokens: torch.Tensor | None = None) -> torch.Tensor:
         """As `DecodeGraphs.replay`."""
         size = len(batch.context_lens)
         inputs = self._inputs.write(batch, size)
+        take_samples(inputs[0], batch.sources, last_tokens)
         mark("upload")
         if size in self._recordings:
             return self._recordings[size].replay()
@@ -110,6 +114,18 @@ class _Inputs:
             padded.append(np.full((size, *array.shape[1:]), padding, dtype))
             padded[-1][: len(array)] = array
         return upload(padded, self._device, self._buffer)
+
+
+def take_samples(input_ids: torch.Tensor, sources: np.ndarray | None, last_tokens: torch.Tensor | None) -> None:
+    """Fills into [T] `input_ids` those [R] tokens of the last step that the host has not read: `Batch.sources`."""
+    if sources is None:
+        return
+    if len(sources) == len(last_tokens) and (sources == np.arange(len(sources))).all():  # the same sequences again
+        input_ids[: len(sources)].copy_(last_tokens)
+        return
+    rows = np.flatnonzero(sources >= 0)
+    to, by = upload([rows, sources[rows]], last_tokens.device)
+    input_ids.index_copy_(0, to, last_tokens.index_select(0, by).to(input_ids.dtype))
 
 
 def _run(

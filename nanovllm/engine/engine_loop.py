@@ -4,12 +4,13 @@ Between two steps it does the callers' jobs, so calls that overlap run in the sa
 and of texts only that they may end a sequence.
 """
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from queue import Empty
 from time import perf_counter
 
 from nanovllm.engine.call_loop import CallLoop, News
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.model_runner import ModelRunner, Samples
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.utils.timeline import mark
@@ -24,6 +25,7 @@ class EngineLoop(CallLoop):
         self.model_runner, self.scheduler = model_runner, scheduler
         self.num_tokens, self.seconds = {True: 0, False: 0}, {True: 0.0, False: 0.0}  # so far, by whether in a prefill
         self.step_times = [0] * NUM_BUCKETS  # how many steps took so long
+        self._ahead: Samples | None = None  # of a step that is not postprocessed, for the next is to be scheduled first
         super().__init__("nanovllm engine")
 
     def is_finished(self) -> bool:
@@ -75,28 +77,36 @@ class EngineLoop(CallLoop):
 
     def _step_for_calls(self) -> None:
         with suppress(BaseException):  # each call has been told
-            self.step()
+            self.step(may_lead=True)
 
-    def step(self) -> int:
-        """One step; returns how many tokens it computed, as a negative number if each is of a running sequence."""
+    def step(self, may_lead: bool = False) -> int:
+        """One step; returns how many tokens it computed, as a negative number if each is of a running sequence.
+
+        With `may_lead` its tokens may be left to the next step to read. That gives the device its work before it waits
+        for those, so that the device need not wait for the host.
+        """
         start, scheduler, manager = perf_counter(), self.scheduler, self.scheduler.block_manager
-        seqs: list[Sequence] = []
         mark("between steps")
-        try:
-            seqs = scheduler.schedule()
+        with self._telling_of_failure():
+            before, self._ahead = self._ahead, None
+            seqs = scheduler.schedule(is_ahead=before is not None)
             mark("schedule")
             copies, manager.copies = manager.copies, []
             if copies:
                 self.model_runner.copy_blocks(copies)
                 mark("copy blocks")
             if seqs:
-                scheduler.postprocess(seqs, self.model_runner.run(seqs))
-                mark("postprocess")
-            self._report(seqs)
-            mark("report")
-        except BaseException as error:
-            self._fail(error, seqs)
-            raise
+                samples = self.model_runner.run(seqs, before.seqs if before else [])
+                samples.ends = scheduler.advance(seqs)
+            if before is not None:
+                self._postprocess(before)
+            may_lead = may_lead and self.model_runner.may_lead and scheduler.may_lead()
+            if seqs and may_lead and not samples.are_here():
+                self._ahead = samples
+            elif seqs:
+                self._postprocess(samples)
+            else:
+                self._report([])
         seconds = perf_counter() - start
         num_prefill, num_decode = scheduler.num_prefill_tokens, scheduler.num_decode_tokens
         for is_prefill, n in ((True, num_prefill), (False, num_decode)):
@@ -107,9 +117,17 @@ class EngineLoop(CallLoop):
         self.step_times[min(int(1000 * seconds).bit_length(), NUM_BUCKETS - 1)] += bool(seqs)
         return num_prefill + num_decode if num_prefill else -num_decode
 
+    def _postprocess(self, samples: Samples) -> None:
+        self.scheduler.postprocess(samples.seqs, samples.ends, samples.read())
+        mark("postprocess")
+        self._report(samples.seqs)
+        mark("report")
+
     def _report(self, seqs: list[Sequence]) -> None:
         """Reads the text of those that wait for a stop string, and tells the watchers of a step's sequences."""
         for seq in seqs:
+            if seq.watcher is None:  # it has ended meanwhile, while the next step was ahead
+                continue
             if seq.text is not None:
                 self._read_text(seq)
             if seq.watcher.follows and seq.finish_reason is None:
@@ -136,17 +154,22 @@ class EngineLoop(CallLoop):
             self.scheduler.finish(seq, reason)
         seq.finish_reason, seq.stop_reason = reason, stop  # also where a length ended it in the same step
 
-    def _fail(self, error: BaseException, seqs: list[Sequence]) -> None:
+    @contextmanager
+    def _telling_of_failure(self) -> Iterator[None]:
         """Ends all calls with the error of a step. Requests without a call stay, unless the model cannot go on."""
-        self.failure = self.model_runner.failure
-        calls, self._calls = self._calls, set()
-        for news in calls:
-            news.put(error)
-        if self.failure is None:
-            self.scheduler.recover()
-            self._report(seqs)
+        try:
+            yield
+        except BaseException as error:
+            self.failure, self._ahead = self.model_runner.failure, None
+            calls, self._calls = self._calls, set()
             for news in calls:
-                self._close_call(news)
+                news.put(error)
+            if self.failure is None:
+                self.scheduler.recover()
+                self._report([*self.scheduler.sequences.values(), *self.scheduler.finished])
+                for news in calls:
+                    self._close_call(news)
+            raise
 
     def _add(self, seqs: list[Sequence], news: News | None) -> None:
         if news is None or news in self._calls:

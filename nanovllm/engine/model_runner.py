@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanovllm.config import Config
 from nanovllm.engine.batch import Batch, BatchBuilder
-from nanovllm.engine.cuda_graphs import DecodeGraphs, RecordedSteps, graph_sizes
+from nanovllm.engine.cuda_graphs import DecodeGraphs, RecordedSteps, graph_sizes, take_samples
 from nanovllm.engine.sampling import sample_with_options, split_samples
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers import cpu_kernels
@@ -30,7 +30,7 @@ from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import reading
 from nanovllm.utils.context import Context, Step, use_step
-from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, default_threads, upload
+from nanovllm.utils.device import GIB, Download, available_memory, default_cache_bytes, default_threads, upload
 from nanovllm.utils.loader import load_dummy, load_model
 from nanovllm.utils.openmp import stop_spinning
 from nanovllm.utils.parallel import TensorParallel
@@ -42,13 +42,38 @@ BUILDING = threading.Lock()  # PyTorch's default dtype, which is changed meanwhi
 logger = logging.getLogger("nanovllm")
 
 
+class Samples:
+    """What `seqs` have sampled in a step: for each the tokens, or all of them together on their way to the host."""
+
+    ends: list[int]  # how many tokens of each were computed then, for who postprocesses the step
+
+    def __init__(
+        self, seqs: list[Sequence], tokens: list[list[int]] | Download, num_sampled: np.ndarray | None = None
+    ):  # fmt: skip
+        self.seqs, self._tokens, self._num_sampled = seqs, tokens, num_sampled
+
+    def are_here(self) -> bool:
+        """Whether `read` does not wait."""
+        return isinstance(self._tokens, list) or self._tokens.is_here()
+
+    def read(self) -> list[list[int]]:
+        """For each sequence its next tokens, see `split_samples`."""
+        if isinstance(self._tokens, list):
+            return self._tokens
+        token_ids = self._tokens.read().tolist()
+        mark("read tokens")
+        return split_samples(token_ids, self.seqs, self._num_sampled)
+
+
 class ModelRunner:
     """Runs the steps that the scheduler decides on; sets `config.num_kvcache_blocks` if it is -1.
 
     ValueError if the checkpoint does not fit the model, or the memory left cannot hold the cache.
     """
 
+    may_lead = True  # whether a step may begin before the last one's tokens are read
     failure: str | None = None  # why no further step can run
+    last_tokens: Tensor | None = None  # [R] that the last step has sampled, on the device
     graphs: DecodeGraphs | RecordedSteps | None = None
 
     def __init__(self, config: Config, tp: TensorParallel | None = None):
@@ -93,26 +118,26 @@ class ModelRunner:
             torch.cuda.set_device(self.attentions[0].k_cache.device)
 
     @torch.inference_mode()
-    def run(self, seqs: list[Sequence]) -> list[list[int]]:
-        """Computes the scheduled tokens of each sequence and returns what it samples after them.
+    def run(self, seqs: list[Sequence], unread: list[Sequence] = ()) -> Samples:
+        """Computes the scheduled tokens of each sequence; returns what it samples after them, maybe unfinished.
 
-        Nothing for incomplete prompts. Log-probabilities, where asked for, are added to the sequences.
+        Nothing for incomplete prompts. Log-probabilities, where asked for, are added to the sequences. The tokens that
+        the step before has sampled may still be `unread`, and are then taken where they are.
         """
-        batch = self.batch_builder.build(seqs)
+        batch = self.batch_builder.build(seqs, unread)
         mark("build batch")
         logits = self.forward(batch, partial(_score_prompts, seqs, batch))
         mark("forward")
         if logits is None:
-            return [[] for _ in seqs]
+            return Samples(seqs, [[] for _ in seqs])
         if batch.has_options:
             samples = sample_with_options(logits, *upload(batch.random, self.device), seqs, batch.num_sampled)
             mark("sample")
-            return samples
+            return Samples(seqs, samples)
         tokens = logits if logits.dim() == 1 else sample(logits, *upload(batch.random, self.device))
+        self.last_tokens = tokens
         mark("sample")
-        token_ids = tokens.tolist()
-        mark("read tokens")
-        return split_samples(token_ids, seqs, batch.num_sampled)
+        return Samples(seqs, Download(tokens), batch.num_sampled)
 
     def forward(self, batch: Batch, score_prompts: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
         """Fills the cache, on all ranks for the same batch. [R, vocabulary] logits to sample from on rank 0, if any; or
@@ -121,8 +146,9 @@ class ModelRunner:
         There `score_prompts` is called with parts of `batch.prompt_logprob_rows` and their logits until all are done.
         """
         if self.graphs is not None and batch.cu_seqlens_q is None and len(batch.positions) <= self.graphs.sizes[-1]:
-            return self._finish(batch, self.graphs.replay(batch))
+            return self._finish(batch, self.graphs.replay(batch, self.last_tokens))
         input_ids, positions, step = make_inputs(batch, self.device)
+        take_samples(input_ids, batch.sources, self.last_tokens)
         mark("upload")
         with use_step(step):
             hidden_states = self.model(input_ids, positions)

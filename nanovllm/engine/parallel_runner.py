@@ -27,6 +27,8 @@ class ParallelRunner(ModelRunner):
     another rank's, it is raised as a RuntimeError with that rank's number and its traceback or exit code.
     """
 
+    may_lead = False  # the tokens are rank 0's, and after each step it sees whether the others are well
+
     def __init__(self, config: Config):
         size = config.tensor_parallel_size
         self._codec: BatchCodec | None = None  # until all ranks are set up

@@ -66,14 +66,16 @@ class Scheduler:
         self.sequences[seq.seq_id] = seq
         self.waiting.append(seq)
 
-    def schedule(self) -> list[Sequence]:
+    def schedule(self, is_ahead: bool = False) -> list[Sequence]:
         """Chooses the sequences of the next step, sets their `num_scheduled_tokens` and allocates the slots to write.
 
         First all that are running, with a token each and perhaps drafts of the next, then prompts. None at all: nothing
-        is left to run, which also happens when the last one has outgrown the cache (see `finished`).
+        is left to run, which also happens when the last one has outgrown the cache (see `finished`). With `is_ahead`
+        the step before is advanced, but not postprocessed, see `may_lead`: which of its sequences have ended is not
+        known, unless it is by their length.
         """
         self._has_preempted, self.num_prefill_tokens, self._num_running = False, 0, len(self.running)
-        seqs = self._schedule_running()
+        seqs = self._schedule_running(is_ahead)
         if not self._has_preempted:  # else there is no room for more
             seqs += self._schedule_waiting(self.max_num_batched_tokens - self.num_decode_tokens)
         while self.held and not seqs and self._head():  # those that keep blocks are in the way
@@ -81,22 +83,41 @@ class Scheduler:
             seqs = self._schedule_waiting(self.max_num_batched_tokens)
         return seqs
 
-    def postprocess(self, seqs: list[Sequence], sampled: list[list[int]]) -> None:
-        """Records that `seqs` were computed, and the tokens sampled after them: none where a prompt is incomplete."""
+    def advance(self, seqs: list[Sequence]) -> list[int]:
+        """Counts the scheduled tokens of `seqs` as computed; how many are for each is what `postprocess` wants."""
+        for seq in seqs:
+            seq.num_computed_tokens += seq.num_scheduled_tokens
+        return [seq.num_computed_tokens for seq in seqs]
+
+    def may_lead(self) -> bool:
+        """Whether the next step may be scheduled before the tokens of this one, which is advanced, are known.
+
+        Not if guesses or the prefix cache need them, nor if room would have to be made.
+        """
+        has_room = self.block_manager.num_free_blocks >= len(self.running)
+        return self.drafter is None and not self.num_prefill_tokens and has_room and bool(self.running)
+
+    def postprocess(self, seqs: list[Sequence], ends: list[int], sampled: list[list[int]]) -> None:
+        """Records the tokens sampled after `seqs`, of which `ends` were computed: none where a prompt is incomplete.
+
+        What a later step did ahead for a sequence that turns out to have ended is dropped.
+        """
         block_size = self.block_manager.block_size
         any_finished = False
-        for seq, token_ids in zip(seqs, sampled, strict=True):
+        for seq, end, token_ids in zip(seqs, ends, sampled, strict=True):
+            if seq.status is SequenceStatus.FINISHED:
+                continue
             if seq.draft_ids:
                 token_ids = self._settle(seq, token_ids)
+                end = seq.num_computed_tokens
             num_new = seq.num_scheduled_tokens
-            seq.num_computed_tokens = num_computed = seq.num_computed_tokens + num_new
-            is_complete = num_computed >= len(seq.token_ids)
-            if is_complete and seq.error is None and num_computed < seq.max_len:  # else it was only to be scored
+            is_complete = end >= len(seq.token_ids)
+            if is_complete and seq.error is None and end < seq.max_len:  # else it was only to be scored
                 for token_id in token_ids:
                     seq.token_ids.append(token_id)
                 self.num_output_tokens += len(token_ids)
-            if num_computed % block_size < num_new:
-                self.block_manager.publish(seq, num_new)
+            if end % block_size < num_new:
+                self.block_manager.publish(seq, end - num_new, end)
             if is_complete:
                 any_finished |= self._finish_if_complete(seq)
         if any_finished:
@@ -148,21 +169,26 @@ class Scheduler:
 
     # ---- running ones
 
-    def _schedule_running(self) -> list[Sequence]:
+    def _schedule_running(self, is_ahead: bool) -> list[Sequence]:
         manager, block_size = self.block_manager, self.block_manager.block_size
-        growing = [seq for seq in self.running if len(seq.token_ids) > len(seq.block_table) * block_size]
+        going = self.running
+        if is_ahead:  # without those that a token which nobody has read makes as long as they may be
+            going = [seq for seq in self.running if seq.num_computed_tokens + 1 < seq.max_len]
+        growing = [seq for seq in going if seq.num_computed_tokens >= len(seq.block_table) * block_size]
         forked, self._forked = self._forked, []
         for seq in growing + forked:  # oldest first
             while seq.status is SequenceStatus.RUNNING and manager.num_blocks_missing(seq, 1) > manager.num_free_blocks:
                 self._preempt_newest()
             if seq.status is SequenceStatus.RUNNING:
                 manager.allocate(seq, 1)
-        for seq in self.running:
+        assert not (is_ahead and self._has_preempted), "of a token that nobody has read"
+        seqs = going if is_ahead else list(self.running)
+        for seq in seqs:
             seq.num_scheduled_tokens = 1
-        self.num_decode_tokens = len(self.running)
+        self.num_decode_tokens = len(seqs)
         if self.drafter is not None and (len(self.running) == self.max_num_seqs or not self._head()):
             self._add_drafts(self.drafter)
-        return list(self.running)
+        return seqs
 
     def _add_drafts(self, drafter: Drafter) -> None:
         """Has sequences bring guesses of their next tokens, where blocks are free."""
@@ -178,8 +204,9 @@ class Scheduler:
         self.drafter.learn(seq, len(token_ids) - 1, len(seq.draft_ids))
         ends = (i + 1 for i, token_id in enumerate(token_ids) if token_id in seq.end_token_ids)
         kept = token_ids[: next(ends, None)]
+        seq.num_computed_tokens += len(kept) - seq.num_scheduled_tokens
         seq.num_scheduled_tokens, seq.draft_ids = len(kept), ()
-        self.block_manager.trim(seq, seq.num_computed_tokens + len(kept))
+        self.block_manager.trim(seq, seq.num_computed_tokens)
         return kept
 
     def _preempt_newest(self) -> None:

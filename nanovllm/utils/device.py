@@ -146,3 +146,23 @@ def upload(
     there = host.to(device, non_blocking=True) if buffer is None else buffer[: len(host)].copy_(host, non_blocking=True)
     views = (there[i : i + x.nbytes].view(x.dtype).view(x.shape) for i, x in zip(starts, given, strict=False))
     return [None if array is None else next(views) for array in arrays]
+
+
+class Download:
+    """A tensor on its way to the host, at which whoever started it need not wait."""
+
+    def __init__(self, x: torch.Tensor):
+        self._x, self._event = x, None
+        if x.is_cuda:
+            self._x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def is_here(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def read(self) -> np.ndarray:
+        """The values, once they are here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._x.numpy()

@@ -58,9 +58,9 @@ def test_decoded_batches_equal_those_that_were_built(seed):
         if rng.random() < 0.03:
             scheduler.recover()
         else:
-            ends = [seq.num_computed_tokens + seq.num_scheduled_tokens for seq in seqs]
+            ends = scheduler.advance(seqs)
             complete = [end == len(seq) for seq, end in zip(seqs, ends, strict=True)]
-            scheduler.postprocess(seqs, [[rng.randrange(2)] * is_complete for is_complete in complete])
+            scheduler.postprocess(seqs, ends, [[rng.randrange(2)] * is_complete for is_complete in complete])
     assert num_prefills > 20 and num_decodes > 20
     assert scheduler.num_preemptions
 
@@ -82,5 +82,5 @@ def test_a_steady_decode_step_sends_the_last_tokens_and_the_cells_that_changed()
             assert sent.positions is sent.slot_mapping is sent.block_tables is None
             assert len(changed) == len(block_ids)
             cells.append(changed.tolist())
-        scheduler.postprocess(seqs, [[7 + step]] * 2)
+        scheduler.postprocess(seqs, scheduler.advance(seqs), [[7 + step]] * 2)
     assert cells == [[1, 20, 21], [], [22], [2]]  # the ninth token of a sequence is in its third block

@@ -26,7 +26,7 @@ def compute(manager: BlockManager, seq: Sequence) -> int:
     num_new = len(seq) - seq.num_computed_tokens
     manager.allocate(seq, num_new)
     seq.num_computed_tokens += num_new
-    manager.publish(seq, num_new)
+    manager.publish(seq, len(seq) - num_new, len(seq))
     return seq.num_cached_tokens
 
 
@@ -55,7 +55,7 @@ def test_a_private_copy_of_cached_content_continues_the_same_chain():
     copy.token_ids.extend([8, 9, 10, 11, 12])
     manager.allocate(copy, 4)
     copy.num_computed_tokens += 4
-    manager.publish(copy, 4)
+    manager.publish(copy, 8, 12)
     assert compute(manager, make_seq(range(13))) == 12
 
 

@@ -43,7 +43,7 @@ def generate(llm, prompts, params=GREEDY, **kwargs):
 def batches(llm, monkeypatch):
     """How many sequences each step runs."""
     sizes, run = [], llm.model_runner.run
-    monkeypatch.setattr(llm.model_runner, "run", lambda seqs: sizes.append(len(seqs)) or run(seqs))
+    monkeypatch.setattr(llm.model_runner, "run", lambda seqs, *args: sizes.append(len(seqs)) or run(seqs, *args))
     return sizes
 
 
@@ -185,7 +185,7 @@ def test_an_exception_in_the_schedulers_own_code_loses_no_request(llm, where, mo
 
 
 def test_a_step_that_fails_ends_every_call_with_its_error(llm, monkeypatch):
-    def failing(seqs):
+    def failing(*args):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(llm.model_runner, "run", failing)

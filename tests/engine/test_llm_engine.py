@@ -217,11 +217,11 @@ def test_an_error_in_a_step_leaves_the_engine_usable(llm, error, after, monkeypa
     seq_id = llm.add_request(prompts[0], GREEDY)
     run, calls = llm.model_runner.run, []
 
-    def failing(seqs):
+    def failing(*args):
         calls.append(1)
         if len(calls) > after:
             raise error
-        return run(seqs)
+        return run(*args)
 
     monkeypatch.setattr(llm.model_runner, "run", failing)
     with pytest.raises(type(error)):

@@ -4,6 +4,7 @@ import random
 import sys
 from collections import Counter, deque
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -66,14 +67,16 @@ class Engine:
 
     def __init__(
         self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, chunk: int = 2**31,
-        drafter: Drafter | None = None
+        drafter: Drafter | None = None, leads: bool = False
     ):  # fmt: skip
+        self.leads = leads  # to the next step before its tokens are read, where it may
+        self.ahead: tuple[list[Sequence], list[int], list[list[int]]] | None = None
         self.manager = BlockManager(num_blocks, block_size)
         self.scheduler = Scheduler(self.manager, max_num_seqs, budget, chunk, drafter)
         self.builder = BatchBuilder(block_size, -(-MAX_MODEL_LEN // block_size))
         self.slots: dict[int, tuple[int, ...]] = {}
         self.requests: dict[int, tuple[Sequence, list[int]]] = {}
-        self.num_steps = self.next_id = 0
+        self.num_steps = self.num_ahead = self.next_id = 0
 
     def add(self, prompt: list[int], max_tokens: int, copies: int = 1, is_beam: bool = False) -> None:
         """Copies may share the blocks of the first; a "beam" is forked into two sequences when it finishes."""
@@ -113,12 +116,14 @@ class Engine:
         return seq.block_table[position // size] * size + position % size
 
     def step(self, fail: bool = False) -> None:
-        seqs = self.scheduler.schedule()
+        before, self.ahead = self.ahead or ([], [], []), None
+        unread = {seq: token_ids for seq, _, token_ids in zip(*before, strict=True)}
+        seqs = self.scheduler.schedule(is_ahead=bool(unread))
         self.num_steps += 1
         if not seqs:
-            return
-        batch = self.builder.build(seqs)
-        self.check_schedule(seqs)
+            return self.scheduler.postprocess(*before)
+        batch = self.builder.build(seqs, list(unread))
+        self.check_schedule(seqs, unread)
         if fail:
             self.scheduler.recover()
             self.check_invariants()
@@ -126,13 +131,17 @@ class Engine:
         self.copy_blocks()
         written = []
         for seq in seqs:
-            tokens = (*seq.token_ids, *seq.draft_ids)
+            tokens = (*seq.token_ids, *unread.get(seq, ()), *seq.draft_ids)
             end = seq.num_computed_tokens + seq.num_scheduled_tokens
             for position in range(seq.num_computed_tokens):  # before this step's tokens are stored
                 assert self.slots[self.slot(seq, position)] == tokens[: position + 1]
             written += [(self.slot(seq, p), tokens[: p + 1]) for p in range(seq.num_computed_tokens, end)]
         assert len({slot for slot, _ in written}) == len(written), "two tokens in one slot"
         assert batch.slot_mapping.tolist() == [slot for slot, _ in written]
+        if unread:
+            last_tokens = [token_id for [token_id] in unread.values()]
+            is_unread = batch.sources >= 0
+            batch.input_ids[: len(is_unread)][is_unread] = np.array(last_tokens)[batch.sources[is_unread]]
         assert batch.input_ids.tolist() == [tokens[-1] for _, tokens in written]
         assert batch.positions.tolist() == [len(tokens) - 1 for _, tokens in written]
         num_decode = batch.num_decode
@@ -146,10 +155,18 @@ class Engine:
         self.slots.update(written)
         rows = range(len(written)) if batch.logit_rows is None else batch.logit_rows
         samples = [next_token(written[row][1]) for row in rows]
-        self.scheduler.postprocess(seqs, split_samples(samples, seqs, batch.num_sampled))
-        self.check_invariants()
+        step = seqs, self.scheduler.advance(seqs), split_samples(samples, seqs, batch.num_sampled)
+        self.scheduler.postprocess(*before)
+        if self.leads:
+            self.collect()  # before it is asked: a beam that has ended forks
+            self.ahead = step if self.scheduler.may_lead() else None
+        if self.ahead:
+            self.num_ahead += 1
+        else:
+            self.scheduler.postprocess(*step)
+            self.check_invariants()
 
-    def check_schedule(self, seqs: list[Sequence]) -> None:
+    def check_schedule(self, seqs: list[Sequence], unread: dict[Sequence, list[int]]) -> None:
         scheduler, manager = self.scheduler, self.manager
         assert len(scheduler.running) <= scheduler.max_num_seqs
         for seq in seqs:
@@ -162,7 +179,8 @@ class Engine:
         assert all(seq.num_scheduled_tokens == 1 + len(seq.draft_ids) for seq in seqs[:num_running])
         assert not any(seq.draft_ids for seq in seqs[num_running:])
         assert sum(seq.num_scheduled_tokens for seq in seqs) <= max(scheduler.max_num_batched_tokens, num_decode)
-        assert set(scheduler.running) <= set(seqs)
+        assert all(seq in seqs or (seq in unread and len(seq) + 1 == seq.max_len) for seq in scheduler.running)
+        assert all(len(seq) + (seq in unread) < seq.max_len for seq in seqs)
 
     def check_invariants(self) -> None:
         manager, scheduler = self.manager, self.scheduler
@@ -178,7 +196,8 @@ class Engine:
         for seq in live:
             assert len(seq.block_table) == manager.num_blocks_for(seq.num_computed_tokens)
         assert all(not seq.block_table for seq in waiting[1:])
-        assert all(seq.num_computed_tokens == len(seq) - 1 for seq in scheduler.running)
+        unread = self.ahead[0] if self.ahead else []
+        assert all(seq.num_computed_tokens == len(seq) - (seq not in unread) for seq in scheduler.running)
 
     def collect(self) -> None:
         """Checks the requests that finished."""
@@ -208,17 +227,17 @@ class Engine:
 
 
 class History(RuleBasedStateMachine):
-    total_steps = preemptions = right = wrong = 0
+    total_steps = preemptions = right = wrong = ahead = 0
 
     @initialize(
         num_blocks=st.integers(2, 24), block_size=st.integers(1, 5), max_num_seqs=st.integers(1, 6),
         budget=st.integers(1, 40), foresight=st.booleans(), chunk=st.integers(0, 9),
-        seed=st.none() | st.integers(0, 99),
+        seed=st.none() | st.integers(0, 99), leads=st.booleans(),
     )  # fmt: skip
-    def start(self, num_blocks, block_size, max_num_seqs, budget, foresight, chunk, seed):
+    def start(self, num_blocks, block_size, max_num_seqs, budget, foresight, chunk, seed, leads):
         """With a seed, guesses of the next tokens are computed too."""
         drafter = None if seed is None else Guesser(seed)
-        self.engine = Engine(num_blocks, block_size, max_num_seqs, budget, chunk, drafter)
+        self.engine = Engine(num_blocks, block_size, max_num_seqs, budget, chunk, drafter, leads)
         if not foresight:
             self.engine.scheduler.output_ratio = 0.0
 
@@ -255,6 +274,7 @@ class History(RuleBasedStateMachine):
             self.engine.drain()
             type(self).total_steps += self.engine.num_steps
             type(self).preemptions += self.engine.scheduler.num_preemptions
+            type(self).ahead += self.engine.num_ahead
             if drafter := self.engine.scheduler.drafter:
                 type(self).right += drafter.num_right
                 type(self).wrong += drafter.num_wrong
@@ -265,10 +285,10 @@ def test_random_histories_keep_the_invariants(hash_bits, monkeypatch):
     """With a 2-bit hash nearly every look-up collides."""
     true_hash = block_manager_module.xxh64_intdigest
     monkeypatch.setattr(block_manager_module, "xxh64_intdigest", lambda data: true_hash(data) % 2**hash_bits)
-    History.total_steps = History.preemptions = History.right = History.wrong = 0
+    History.total_steps = History.preemptions = History.right = History.wrong = History.ahead = 0
     run_state_machine_as_test(History, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
     assert History.total_steps >= 2000
-    assert History.preemptions > 0 and History.right > 30 and History.wrong > 5
+    assert History.preemptions > 0 and History.right > 30 and History.wrong > 5 and History.ahead > 100
 
 
 def run(engine: Engine, prompts: list[list[int]], max_tokens: int = 8) -> list[list[tuple[int, int]]]:
@@ -278,8 +298,8 @@ def run(engine: Engine, prompts: list[list[int]], max_tokens: int = 8) -> list[l
     prefills = []
     schedule = engine.scheduler.schedule
 
-    def recording():
-        seqs = schedule()
+    def recording(is_ahead):
+        seqs = schedule(is_ahead)
         prompts = seqs[engine.scheduler.num_decode_tokens :]
         if prompts:
             prefills.append([(seq.seq_id, seq.num_scheduled_tokens) for seq in prompts])
@@ -372,9 +392,9 @@ def raising_at(line_number: int, files: set[str]):
     return trace
 
 
-def run_failing_once(line_number: int) -> bool:
+def run_failing_once(line_number: int, leads: bool) -> bool:
     """Chunks, hits, forks, completions of one prompt, preemptions, ends; says whether a step came to that line."""
-    engine = Engine(9, 3, 4, budget=7)
+    engine = Engine(9, 3, 4, budget=7, leads=leads)
     engine.scheduler.output_ratio = 0.0
     for prompt in ([1, 2, 1, 1, 2, 2, 1], [1, 2, 1, 1, 2], [2, 2]):
         engine.add(prompt, 14, copies=2)
@@ -397,9 +417,10 @@ def run_failing_once(line_number: int) -> bool:
     return has_raised
 
 
-def test_an_exception_at_any_line_of_a_step_loses_nothing():
+@pytest.mark.parametrize("leads", [False, True])
+def test_an_exception_at_any_line_of_a_step_loses_nothing(leads):
     line_number = 1
-    while run_failing_once(line_number):  # of some thousand lines
+    while run_failing_once(line_number, leads):  # of some thousand lines
         line_number += 31
     assert line_number > 2000
 
