@@ -18,13 +18,13 @@ from nanovllm.utils.context import Context, Step, use_step
 from nanovllm.utils.device import ALIGNMENT, upload
 from nanovllm.utils.timeline import mark
 
+MOST_CELLS = 512  # of the block tables that are sent one by one; if more have changed, whole rows are
 LARGEST = 512  # with more sequences the GPU is busy for longer than the launches take
 INPUTS = {  # of a batch: dtype, and what stands in rows that are not used, which so store nothing and read nothing
     "input_ids": (np.int64, 0),
     "positions": (np.int64, 0),
     "slot_mapping": (np.int64, -1),
     "context_lens": (np.int32, 0),
-    "block_tables": (np.int32, 0),
 }
 Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -52,7 +52,7 @@ class DecodeGraphs:
         self.sizes, self._inputs = sizes, _Inputs(sizes[-1], max_blocks, device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         empty = np.zeros(0)
-        nothing = Batch(empty, empty, empty, empty, block_tables=np.zeros((0, max_blocks)))
+        nothing = Batch(empty, empty, empty, empty, block_tables=np.zeros((0, max_blocks), np.int32))
         pool = None
         with torch.inference_mode():
             for size in tqdm(sizes[::-1], "Capturing CUDA graphs", unit="graph", disable=not show_progress):
@@ -103,17 +103,32 @@ class _Inputs:
 
     def __init__(self, max_size: int, max_blocks: int, device: torch.device):
         self._device = device
-        num_bytes = max_size * (3 * 8 + 4 + 4 * max_blocks) + len(INPUTS) * ALIGNMENT
-        self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        num_bytes = max_size * (3 * 8 + 4) + (len(INPUTS) + 1) * ALIGNMENT
+        self._buffer = torch.empty(num_bytes + 12 * MOST_CELLS, dtype=torch.uint8, device=device)
+        self._tables = torch.zeros(max_size, max_blocks, dtype=torch.int32, device=device)
+        self._sent = np.zeros((max_size, max_blocks), dtype=np.int32)  # what they hold
 
     def write(self, batch: Batch, size: int) -> list[torch.Tensor]:
-        """The batch in `size` rows; for each size at its own places, which are the same each time."""
+        """The batch in `size` rows; for each size at its own places, which are the same each time.
+
+        Of the block tables goes what changes; rows that are not used keep what they had.
+        """
         padded = []
         for name, (dtype, padding) in INPUTS.items():
             array = getattr(batch, name)
-            padded.append(np.full((size, *array.shape[1:]), padding, dtype))
+            padded.append(np.full(size, padding, dtype))
             padded[-1][: len(array)] = array
-        return upload(padded, self._device, self._buffer)
+        sent = self._sent[: len(batch.block_tables)]
+        cells = np.flatnonzero(sent != batch.block_tables)
+        if len(cells) <= MOST_CELLS:
+            changes = [cells, batch.block_tables.take(cells)]
+            *inputs, to, block_ids = upload([*padded, *changes], self._device, self._buffer)
+            self._tables.view(-1).index_copy_(0, to, block_ids)
+        else:
+            inputs = upload(padded, self._device, self._buffer)
+            upload([batch.block_tables], self._device, self._tables.view(-1).view(torch.uint8))
+        sent[:] = batch.block_tables
+        return [*inputs, self._tables[:size]]
 
 
 def take_samples(input_ids: torch.Tensor, sources: np.ndarray | None, last_tokens: torch.Tensor | None) -> None:

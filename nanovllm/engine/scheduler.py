@@ -102,8 +102,7 @@ class Scheduler:
 
         What a later step did ahead for a sequence that turns out to have ended is dropped.
         """
-        block_size = self.block_manager.block_size
-        any_finished = False
+        block_size, any_finished, num_output_tokens = self.block_manager.block_size, False, 0
         for seq, end, token_ids in zip(seqs, ends, sampled, strict=True):
             if seq.status is SequenceStatus.FINISHED:
                 continue
@@ -115,11 +114,12 @@ class Scheduler:
             if is_complete and seq.error is None and end < seq.max_len:  # else it was only to be scored
                 for token_id in token_ids:
                     seq.token_ids.append(token_id)
-                self.num_output_tokens += len(token_ids)
+                num_output_tokens += len(token_ids)
             if end % block_size < num_new:
                 self.block_manager.publish(seq, end - num_new, end)
             if is_complete:
                 any_finished |= self._finish_if_complete(seq)
+        self.num_output_tokens += num_output_tokens
         if any_finished:
             self.running = [seq for seq in self.running if seq.status is SequenceStatus.RUNNING]
 
@@ -360,14 +360,16 @@ class Scheduler:
 
     def _finish_if_complete(self, seq: Sequence) -> bool:
         """Ends `seq` if it has failed, or its newest token ends it."""
-        token_id = seq.token_ids[-1]
+        token_id, num_tokens = seq.token_ids[-1], len(seq.token_ids)
         if seq.error is not None:
             self._finish(seq, "error")
-        elif seq.num_completion_tokens and token_id in seq.end_token_ids:
+        elif token_id in seq.end_token_ids and num_tokens > seq.num_prompt_tokens:
             self._finish(seq, "stop", token_id if token_id in seq.params.stop_token_ids else None)
-        elif len(seq) >= seq.max_len:
+        elif num_tokens >= seq.max_len:
             self._finish(seq, "length")
-        return seq.status is SequenceStatus.FINISHED
+        else:
+            return False
+        return True
 
     def _finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         if seq.keeps_blocks and seq.block_table and reason != "abort":

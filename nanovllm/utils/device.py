@@ -2,8 +2,11 @@
 
 import math
 import os
-from collections.abc import Sequence
-from itertools import accumulate
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, cycle
 from pathlib import Path
 
 import numpy as np
@@ -134,18 +137,55 @@ def upload(
 ) -> list[torch.Tensor | None]:
     """The arrays as tensors on `device`: views of one [bytes] uint8 tensor, by default a new one, filled by one copy.
 
-    The copy is from pinned memory, so nobody waits for it; PyTorch keeps that memory until it is done.
+    The copy is from pinned memory, so nobody waits for it.
     """
     if device.type == "cpu" and buffer is None:
         return [None if array is None else torch.from_numpy(array) for array in arrays]
-    given = [torch.from_numpy(array) for array in arrays if array is not None]
+    given = [array for array in arrays if array is not None]
     starts = [0, *accumulate(-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in given)]
-    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for i, x in zip(starts, given, strict=False):
-        host[i : i + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
-    there = host.to(device, non_blocking=True) if buffer is None else buffer[: len(host)].copy_(host, non_blocking=True)
-    views = (there[i : i + x.nbytes].view(x.dtype).view(x.shape) for i, x in zip(starts, given, strict=False))
+    num_bytes = max((start + x.nbytes for start, x in zip(starts, given, strict=False)), default=0)
+    with _staging.next(num_bytes, device.type == "cuda") as host:
+        for start, x in zip(starts, given, strict=False):
+            np.ndarray(x.shape, x.dtype, host.numpy(), start)[...] = x
+        there = torch.empty_like(host, device=device) if buffer is None else buffer[: len(host)]
+        there.copy_(host, non_blocking=True)
+    views = (
+        there[start : start + x.nbytes].view(torch.from_numpy(x).dtype).view(x.shape)
+        for start, x in zip(starts, given, strict=False)
+    )
     return [None if array is None else next(views) for array in arrays]
+
+
+class _Staging(threading.local):
+    """A thread's memory for uploads: some buffers in turn, each used again once what was copied from it has arrived.
+
+    Four, since a step has two uploads or three, and may begin before the last one is done.
+    """
+
+    def __init__(self):
+        self._turns = {is_pinned: cycle([_Buffer() for _ in range(4)]) for is_pinned in (False, True)}
+
+    @contextmanager
+    def next(self, num_bytes: int, is_pinned: bool) -> Iterator[torch.Tensor]:
+        """[num_bytes] uint8 to write, from which a copy is started in the block."""
+        buffer = next(self._turns[is_pinned])
+        if buffer.copied is not None:
+            buffer.copied.synchronize()
+        if buffer.memory is None or len(buffer.memory) < num_bytes:
+            buffer.memory = torch.empty(2 * num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
+        yield buffer.memory[:num_bytes]
+        if is_pinned:
+            buffer.copied = buffer.copied or torch.cuda.Event()
+            buffer.copied.record()
+
+
+@dataclass
+class _Buffer:
+    memory: torch.Tensor | None = None
+    copied: torch.cuda.Event | None = None
+
+
+_staging = _Staging()
 
 
 class Download:

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,3 +65,37 @@ def test_the_memory_of_a_cpu_is_the_machines_or_what_a_limit_leaves(monkeypatch,
     monkeypatch.setattr(device.psutil, "virtual_memory", lambda: Memory)
     monkeypatch.setattr(cgroup, "memory_left", lambda: limit)
     assert device.available_memory(torch.device("cpu"), 0.9) == expected
+
+
+def test_uploads_wait_only_for_the_copy_from_the_buffer_that_they_write_to(monkeypatch):
+    """A copy here is done when its event is waited for: what arrives then must be what was sent."""
+
+    class Event:
+        def record(self):
+            self.copy = copies.pop()
+
+        def synchronize(self):
+            waited.append(self)
+            target, source = self.copy
+            copy_(target, source)
+
+    def late(target, source, non_blocking):
+        copies.append((target, source))
+
+    copies, waited, copy_ = [], [], torch.Tensor.copy_
+    monkeypatch.setattr(device, "_staging", device._Staging())
+    monkeypatch.setattr(torch.Tensor, "copy_", late)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kwargs: empty(*args, **kwargs))
+    staging, real_next = device._staging, device._staging.next
+    monkeypatch.setattr(staging, "next", lambda num_bytes, is_pinned: real_next(num_bytes, True))
+    arrays = [[np.full(n, n, np.int64), None, np.full((2, 3), n, np.float32)] for n in (3, 70, 5, 40, 1, 9, 90, 2)]
+    buffer = [torch.zeros(1024, dtype=torch.uint8) for _ in arrays]
+    sent = [device.upload(item, torch.device("cpu"), there) for item, there in zip(arrays, buffer, strict=True)]
+    assert len(waited) == 4 and len(set(waited)) == 4
+    for _ in range(4):
+        next(staging._turns[True]).copied.synchronize()
+    for item, tensors in zip(arrays, sent, strict=True):
+        assert tensors[1] is None
+        assert tensors[0].tolist() == item[0].tolist() and tensors[2].tolist() == item[2].tolist()
