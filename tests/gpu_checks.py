@@ -268,6 +268,25 @@ def graphs_equal_eager() -> Iterator[Seen]:
         )
 
 
+def steps_ahead() -> Iterator[Seen]:
+    """256 sequences with steps that begin before the last one's tokens are read, and with steps that wait for them."""
+    prompts = random_prompts([50 + i for i in range(256)], vocab_size=100_000)
+    params = [SamplingParams(i % 2, max_tokens=100 + i % 7, ignore_eos=True, seed=i) for i in range(256)]
+    tokens, seconds = {}, {}
+    with make_llm(max_num_seqs=256) as llm:
+        for leads in (True, False, True, False):  # the first two warm up
+            llm.model_runner.may_lead = leads
+            llm.generate([[1, 2]], SamplingParams(max_tokens=1), use_tqdm=False)
+            before = llm.stats()["decode_seconds"]
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            seconds[leads] = llm.stats()["decode_seconds"] - before
+            tokens[leads] = [output["token_ids"] for output in outputs]
+    same = sum(a == b for a, b in zip(tokens[True], tokens[False], strict=True))
+    yield "steps begun before the last tokens are read", "256 equal", f"{same} equal", same == 256
+    ratio = seconds[True] / seconds[False]
+    yield "their decode time, of that of steps that wait", "< 1", f"{ratio:.3f} times", ratio < 1
+
+
 def batch_invariance() -> Iterator[Seen]:
     """Of a few requests alone, beside others, from the prefix cache, in chunks, eager, in small blocks; its cost."""
     prompts = random_prompts([3, 700, 290, 1500], vocab_size=100_000)
@@ -497,7 +516,7 @@ TRITON_TESTS = [f"tests/layers/test_{name}.py" for name in ("attention_triton", 
 FUSED_TESTS = [f"tests/layers/test_{name}.py" for name in ("fused", "sampler", "fallback")]
 GROUPS: dict[str, tuple[int, list[Callable[[], Iterator[Seen]]]]] = {  # seconds, checks of one process, in this order
     "attention": (60, [ceilings, attention_accuracy, large_cache, decode_bandwidth]),
-    "graphs": (60, [graphs_equal_eager]),
+    "graphs": (60, [graphs_equal_eager, steps_ahead]),
     "invariance": (90, [batch_invariance]),
     "parity": (60, [parity]),
     "fallback": (75, [fallback]),

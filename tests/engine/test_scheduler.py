@@ -227,17 +227,17 @@ class Engine:
 
 
 class History(RuleBasedStateMachine):
+    mode = "plain"
     total_steps = preemptions = right = wrong = ahead = 0
 
     @initialize(
         num_blocks=st.integers(2, 24), block_size=st.integers(1, 5), max_num_seqs=st.integers(1, 6),
         budget=st.integers(1, 40), foresight=st.booleans(), chunk=st.integers(0, 9),
-        seed=st.none() | st.integers(0, 99), leads=st.booleans(),
+        seed=st.integers(0, 99),
     )  # fmt: skip
-    def start(self, num_blocks, block_size, max_num_seqs, budget, foresight, chunk, seed, leads):
-        """With a seed, guesses of the next tokens are computed too."""
-        drafter = None if seed is None else Guesser(seed)
-        self.engine = Engine(num_blocks, block_size, max_num_seqs, budget, chunk, drafter, leads)
+    def start(self, num_blocks, block_size, max_num_seqs, budget, foresight, chunk, seed):
+        drafter = Guesser(seed) if self.mode == "drafts" else None
+        self.engine = Engine(num_blocks, block_size, max_num_seqs, budget, chunk, drafter, self.mode == "ahead")
         if not foresight:
             self.engine.scheduler.output_ratio = 0.0
 
@@ -280,15 +280,17 @@ class History(RuleBasedStateMachine):
                 type(self).wrong += drafter.num_wrong
 
 
-@pytest.mark.parametrize("hash_bits", [64, 2])
-def test_random_histories_keep_the_invariants(hash_bits, monkeypatch):
+@pytest.mark.parametrize(("mode", "hash_bits"), [("plain", 64), ("plain", 2), ("drafts", 64), ("ahead", 64)])
+def test_random_histories_keep_the_invariants(mode, hash_bits, monkeypatch):
     """With a 2-bit hash nearly every look-up collides."""
     true_hash = block_manager_module.xxh64_intdigest
     monkeypatch.setattr(block_manager_module, "xxh64_intdigest", lambda data: true_hash(data) % 2**hash_bits)
+    History.mode = mode
     History.total_steps = History.preemptions = History.right = History.wrong = History.ahead = 0
-    run_state_machine_as_test(History, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
-    assert History.total_steps >= 2000
-    assert History.preemptions > 0 and History.right > 30 and History.wrong > 5 and History.ahead > 100
+    run_state_machine_as_test(History, settings=settings(max_examples=50, stateful_step_count=40, deadline=None))
+    assert History.total_steps >= 1000 and History.preemptions > 0
+    assert mode != "drafts" or (History.right > 30 and History.wrong > 5)
+    assert mode != "ahead" or History.ahead > 100
 
 
 def run(engine: Engine, prompts: list[list[int]], max_tokens: int = 8) -> list[list[tuple[int, int]]]:
