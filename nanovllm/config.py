@@ -84,7 +84,7 @@ class Config:
     seed: int = 0  # of the sampling and of dummy weights
     batch_invariant: bool = False  # a request's results do not depend, in any bit, on what runs beside it
     model_path: Path = field(init=False)
-    architecture: str = field(init=False)
+    model_class: type = field(init=False)  # of `nanovllm.models`, or from outside
     eos_token_ids: frozenset[int] = field(init=False)
     chunk_tokens: int = field(init=False)  # of a prompt beside sequences that decode, see `Scheduler`
 
@@ -97,12 +97,14 @@ class Config:
         self.model_path = resolve_model(self.model)
         if self.hf_config is None:
             self.hf_config = read_hf_config(self.model_path)
-        self.architecture = supported_architecture(self.hf_config.architectures, self.model_path)
+        described = self.hf_config.architectures, self.hf_config.model_type
+        self.model_class = MODELS[supported_architecture(*described, self.model_path)]
         if self.batch_invariant:
             self._check_invariance()
         check_parallel_size(self.tensor_parallel_size, self.data_parallel_size, self.hf_config, self.device)
         with reading(self.model_path / "config.json"):
             self.max_model_len = min(self.max_model_len, max_position(self.hf_config))
+            self._fit_window()
         name = str(self.dtype).removeprefix("torch.")
         if name != "auto":
             self.dtype = DTYPES[name]
@@ -155,6 +157,18 @@ class Config:
                 f"batch_invariant=True and attention_backend={self.attention_backend!r}, whose results depend on the "
                 "batch; use 'auto' or 'triton'"
             )
+
+    def _fit_window(self) -> None:
+        """Within a sliding window attention sees all that came before, which is what there is here."""
+        hf_config = self.hf_config
+        window = getattr(hf_config, "sliding_window", None) if getattr(hf_config, "use_sliding_window", True) else None
+        if window is not None and window < self.max_model_len:
+            warnings.warn(
+                f"max_model_len={self.max_model_len} is lowered to {window}: of longer sequences the model's attention "
+                "sees only that many tokens, its sliding window, which is not supported",
+                stacklevel=2,
+            )
+            self.max_model_len = window
 
     def _read_eos(self) -> int | Sequence[int]:
         """The ids in generation_config.json, else in config.json; none is an empty list."""
@@ -219,7 +233,8 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{file} is damaged: it has {reprlib.repr(raw)} instead of an object")
-    supported_architecture(raw.get("architectures"), path)  # before transformers, which may not know it either
+    # Before transformers is asked, which may not know it either.
+    supported_architecture(raw.get("architectures"), raw.get("model_type"), path)
     if raw.get("quantization_config"):
         with reading(file):
             method = raw["quantization_config"].get("quant_method", "unknown")
@@ -228,15 +243,19 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         hf_config = AutoConfig.from_pretrained(path)
         for name in SIZES:
             check_int(name, getattr(hf_config, name), 1, 2**31 - 1)
+        if getattr(hf_config, "head_dim", None) is None:
+            hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
         return hf_config
 
 
-def supported_architecture(architectures: list[str] | None, path: Path) -> str:
+def supported_architecture(architectures: list[str] | None, model_type: str | None, path: Path) -> str:
     """The first of a checkpoint's architectures that there is a model for; ValueError if there is none."""
     for name in architectures if isinstance(architectures, list) else []:
         if isinstance(name, str) and name in MODELS:
             return name
-    raise ValueError(f"{path} is a model of architecture {architectures}; supported are {sorted(MODELS)}")
+    like = [name for name in MODELS if name.lower() == f"{str(model_type).replace('_', '')}forcausallm"]
+    advice = f". Its model_type {model_type!r} is that of {like[0]}: name that if it is the same" if like else ""
+    raise ValueError(f"{path} is a model of architecture {architectures}; supported are {sorted(MODELS)}{advice}")
 
 
 def check_parallel_size(size: int, num_replicas: int, hf_config: PretrainedConfig, device: torch.device) -> None:

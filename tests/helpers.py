@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
 
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "assets" / "nano-qwen3"
 
 
-def make_config(**overrides) -> Qwen3Config:
-    """A Qwen3 of about 100,000 parameters, with logits spread widely enough that fp32 has no ties."""
+def make_config(architecture: str = "Qwen3", **overrides) -> PretrainedConfig:
+    """A model of about 100,000 parameters, with logits spread widely enough that fp32 has no ties."""
     settings = {
         "vocab_size": 307,
         "hidden_size": 64,
@@ -30,18 +31,22 @@ def make_config(**overrides) -> Qwen3Config:
         "bos_token_id": None,
         "pad_token_id": None,
     }
-    return Qwen3Config(**settings | overrides)
+    given = {name: value for name, value in (settings | overrides).items() if (name, value) != ("head_dim", None)}
+    return getattr(transformers, f"{architecture}Config")(**given)
 
 
-def save_model(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
+def save_model(
+    path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, architecture: str = "Qwen3",
+    max_shard_size: str = "5GB", **overrides
+) -> PreTrainedModel:  # fmt: skip
     """Writes a random checkpoint into `path` and returns transformers' model of it."""
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(make_config(**overrides)).eval()
+    model = getattr(transformers, f"{architecture}ForCausalLM")(make_config(architecture, **overrides)).eval()
     for name, param in model.named_parameters():
         if "norm" in name or name.endswith("bias"):  # else they start as ones and zeros, which would hide mistakes
             param.data += 0.2 * torch.randn_like(param)
     model = model.to(dtype)
-    model.save_pretrained(path)
+    model.save_pretrained(path, max_shard_size=max_shard_size)
     return model
 
 

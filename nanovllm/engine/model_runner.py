@@ -26,7 +26,6 @@ from nanovllm.layers.logits_processor import token_logprobs
 from nanovllm.layers.parallel_sampler import sample_on_ranks
 from nanovllm.layers.sampler import sample
 from nanovllm.layers.weight import check_batch_invariance, check_quantization, choose_products, pack
-from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import reading
 from nanovllm.utils.context import Context, Step, use_step
@@ -199,7 +198,7 @@ class ModelRunner:
             torch.set_default_dtype(config.dtype)
             try:
                 with reading(config.model_path / "config.json"):
-                    model = MODELS[config.architecture](config.hf_config, config.max_model_len, self.tp)
+                    model = config.model_class(config.hf_config, config.max_model_len, self.tp)
             finally:
                 torch.set_default_dtype(default_dtype)
         if config.load_format == "dummy":

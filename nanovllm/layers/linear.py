@@ -15,15 +15,17 @@ from nanovllm.utils.parallel import TensorParallel
 class ColumnParallelLinear(nn.Module):
     """Several projections of one input, by their names in the checkpoint, as a single GEMM split by output features.
 
-    `num_replicas` says how many neighbouring ranks hold the same slice of a projection, by default one.
+    Args:
+        num_replicas: How many neighbouring ranks hold the same slice of a projection, by default one.
+        orders: In which order the features of each head of a projection are wanted, [head_dim], by default as stored.
     """
 
     def __init__(
         self, input_size: int, output_sizes: dict[str, int], bias: bool, tp: TensorParallel,
-        num_replicas: dict[str, int] | None = None
+        num_replicas: dict[str, int] | None = None, orders: dict[str, torch.Tensor] | None = None
     ):  # fmt: skip
         super().__init__()
-        self.output_sizes = output_sizes
+        self.output_sizes, self.orders = output_sizes, orders or {}
         self.shards: dict[str, tuple[slice, slice]] = {}  # name -> rows of this parameter, rows in the checkpoint
         offset = 0
         for name, total in output_sizes.items():
@@ -36,11 +38,17 @@ class ColumnParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(offset, input_size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(offset), requires_grad=False) if bias else None
 
-    def load_weight(self, name: str, loaded: CheckpointTensor, shard: str) -> None:
-        """Fills the rows of projection `shard` of this rank's `weight` or `bias`."""
-        ours, theirs = self.shards[shard]
-        param = getattr(self, name)
-        copy_weight(param[ours], loaded, (self.output_sizes[shard], *param.shape[1:]), theirs)
+    def load_weight(self, name: str, loaded: CheckpointTensor, shard: str | None) -> None:
+        """Fills this rank's `weight` or `bias`: the rows of projection `shard`, or of all if they are one tensor."""
+        param, stored = getattr(self, name), self.output_sizes if shard is None else {shard: self.output_sizes[shard]}
+        start, full_shape = 0, (sum(stored.values()), *param.shape[1:])
+        for projection, size in stored.items():
+            ours, theirs = self.shards[projection]
+            copy_weight(param[ours], loaded, full_shape, slice(start + theirs.start, start + theirs.stop))
+            if projection in self.orders:
+                heads = param.data[ours].unflatten(0, (-1, len(self.orders[projection])))
+                heads.copy_(heads[:, self.orders[projection]])
+            start += size
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return linear(x, self.weight, self.bias).split(self.split_sizes, dim=-1)

@@ -14,6 +14,7 @@ def rope_settings(config: PretrainedConfig) -> dict:
     settings = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     settings.setdefault("rope_type", settings.get("type", "default"))
     settings.setdefault("rope_theta", getattr(config, "rope_theta", 10000.0))
+    settings.setdefault("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
     return settings
 
 
@@ -22,15 +23,21 @@ class RotaryEmbedding(nn.Module):
 
     Scalings that depend on the length of the sequence ("dynamic", "longrope") are fixed for the longest one that the
     engine may run, `max_len`: a cached key must not change when its sequence grows. ValueError for an unknown one.
+
+    Of a head that is rotated in part, its first `rotary_dim` features, the projections must bring queries' and keys'
+    features in the order `order`, [head_dim], in which those that stay are pairs too, of angle 0; else it is None.
     """
 
     def __init__(self, config: PretrainedConfig, head_dim: int, max_len: int):
         super().__init__()
         settings = rope_settings(config)
         rope_type = settings["rope_type"]
+        rotary_dim = int(head_dim * (settings.get("partial_rotary_factor") or 1.0))
+        kept = (head_dim - rotary_dim) // 2  # pairs
+        self.order: torch.Tensor | None = None
         with torch.device("cpu"):  # also where parameters have no memory yet
             if rope_type == "default":
-                exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+                exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
                 inv_freq, scale = 1.0 / settings["rope_theta"] ** exponents, 1.0
             elif rope_type in ROPE_INIT_FUNCTIONS:
                 inv_freq, scale = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=max_len)
@@ -38,8 +45,15 @@ class RotaryEmbedding(nn.Module):
                 known = f"this version of transformers, which has {['default', *sorted(ROPE_INIT_FUNCTIONS)]}"
                 raise ValueError(f"rope_type {rope_type!r} is unknown to {known}")
             angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq.float())
-        self.register_buffer("cos", angles.cos() * scale, persistent=False)
-        self.register_buffer("sin", angles.sin() * scale, persistent=False)
+            cos, sin = angles.cos() * scale, angles.sin() * scale
+            if kept:
+                cos = torch.cat([cos, torch.ones(max_len, kept)], 1)
+                sin = torch.cat([sin, torch.zeros(max_len, kept)], 1)
+                rotated, others = torch.arange(head_dim).split([rotary_dim, head_dim - rotary_dim])
+                pairs = zip(rotated.split(rotary_dim // 2), others.split(kept), strict=True)
+                self.order = torch.cat([part for firsts in pairs for part in firsts])
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor,

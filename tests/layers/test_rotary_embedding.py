@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partly
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from helpers import make_config
@@ -38,6 +40,20 @@ def test_rotation_equals_transformers(rope_type):
     expected = apply_rotary_pos_emb(q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0), cos, sin)
     for ours, theirs in zip(RotaryEmbedding(config, 32, 256)(positions, q, k), expected, strict=True):
         torch.testing.assert_close(ours, theirs[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [0.75, 0.5, 0.125])
+def test_a_part_of_a_head_is_rotated(factor):
+    """Phi's own function, of features in their own order, against ours, of those in the order it asks for."""
+    config = make_config("Phi3", partial_rotary_factor=factor, rope_scaling=None)
+    positions = torch.arange(64)
+    q, k = torch.randn(64, 4, 32), torch.randn(64, 2, 32)
+    cos, sin = Phi3RotaryEmbedding(config)(q, positions.unsqueeze(0))
+    expected = apply_partly(q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0), cos, sin)
+    rotary_emb = RotaryEmbedding(config, 32, 64)
+    ours = rotary_emb(positions, q[..., rotary_emb.order], k[..., rotary_emb.order])
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs[0].transpose(0, 1)[..., rotary_emb.order], rtol=1e-4, atol=1e-4)
 
 
 def test_an_unknown_rope_type_names_the_known_ones():

@@ -1,7 +1,9 @@
-"""Qwen3, dense (Qwen Team, 2025, arXiv:2505.09388), in the order of the computation.
+"""A decoder, in the order of the computation: what the architectures have in common, and `Variant`, how they differ.
 
 Legend: T tokens in the step, R tokens to sample, H/KH query/KV heads of this rank, D head_dim, V vocabulary.
 """
+
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -15,19 +17,31 @@ from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.utils.parallel import TensorParallel
 
 
-class Qwen3Attention(nn.Module):
-    def __init__(self, config: PretrainedConfig, rotary_emb: RotaryEmbedding, tp: TensorParallel):
+@dataclass(frozen=True)
+class Variant:
+    """What a decoder has beside the least: RMSNorm, attention with rotary embedding, a gated MLP."""
+
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # of each head, before the rotary embedding
+    fused: bool = False  # the checkpoint has each of `qkv_proj` and `gate_up_proj` as one tensor
+
+
+class DecoderAttention(nn.Module):
+    def __init__(self, config: PretrainedConfig, variant: Variant, rotary_emb: RotaryEmbedding, tp: TensorParallel):
         super().__init__()
         head_dim, num_heads, num_kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
         kv_replicas = max(1, tp.size // num_kv_heads)  # ranks that hold the same head
         sizes = {"q_proj": num_heads * head_dim} | dict.fromkeys(["k_proj", "v_proj"], num_kv_heads * head_dim)
         replicas = dict.fromkeys(["k_proj", "v_proj"], kv_replicas)
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, sizes, config.attention_bias, tp, replicas)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        orders = {} if rotary_emb.order is None else dict.fromkeys(["q_proj", "k_proj"], rotary_emb.order)
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, sizes, variant.qkv_bias, tp, replicas, orders)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if variant.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if variant.qk_norm else None
         self.rotary_emb = rotary_emb
         self.attn = Attention(num_heads // tp.size, num_kv_heads * kv_replicas // tp.size, head_dim)
-        self.o_proj = RowParallelLinear(num_heads * head_dim, config.hidden_size, config.attention_bias, tp)
+        self.o_proj = RowParallelLinear(num_heads * head_dim, config.hidden_size, variant.o_bias, tp)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         q, k, v = self.qkv_proj(hidden_states)
@@ -37,24 +51,24 @@ class Qwen3Attention(nn.Module):
         return self.o_proj(self.attn(q, k, v).flatten(1))
 
 
-class Qwen3MLP(nn.Module):
-    def __init__(self, config: PretrainedConfig, tp: TensorParallel):
+class DecoderMLP(nn.Module):
+    def __init__(self, config: PretrainedConfig, variant: Variant, tp: TensorParallel):
         super().__init__()
-        size = config.intermediate_size
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, {"gate_proj": size, "up_proj": size}, False, tp)
-        self.down_proj = RowParallelLinear(size, config.hidden_size, False, tp)
+        sizes = dict.fromkeys(["gate_proj", "up_proj"], config.intermediate_size)
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, sizes, variant.mlp_bias, tp)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, variant.mlp_bias, tp)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu_and_mul(*self.gate_up_proj(x)))
 
 
-class Qwen3DecoderLayer(nn.Module):
-    def __init__(self, config: PretrainedConfig, rotary_emb: RotaryEmbedding, tp: TensorParallel):
+class DecoderLayer(nn.Module):
+    def __init__(self, config: PretrainedConfig, variant: Variant, rotary_emb: RotaryEmbedding, tp: TensorParallel):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Qwen3Attention(config, rotary_emb, tp)
+        self.self_attn = DecoderAttention(config, variant, rotary_emb, tp)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = Qwen3MLP(config, tp)
+        self.mlp = DecoderMLP(config, variant, tp)
 
     def forward(self, positions: Tensor, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Takes and returns this layer's addition to the residual stream, and the stream without it."""
@@ -64,12 +78,13 @@ class Qwen3DecoderLayer(nn.Module):
         return self.mlp(hidden_states), residual
 
 
-class Qwen3Model(nn.Module):
-    def __init__(self, config: PretrainedConfig, max_len: int, tp: TensorParallel):
+class DecoderModel(nn.Module):
+    def __init__(self, config: PretrainedConfig, variant: Variant, max_len: int, tp: TensorParallel):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         rotary_emb = RotaryEmbedding(config, config.head_dim, max_len)
-        self.layers = nn.ModuleList(Qwen3DecoderLayer(config, rotary_emb, tp) for _ in range(config.num_hidden_layers))
+        layers = (DecoderLayer(config, variant, rotary_emb, tp) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -79,20 +94,19 @@ class Qwen3Model(nn.Module):
         return self.norm.add_norm(hidden_states, residual)[0]
 
 
-class Qwen3ForCausalLM(nn.Module):
+class DecoderForCausalLM(nn.Module):
     """One rank's whole model; `Config` has checked that its sizes divide. ValueError if it uses what this one lacks."""
 
-    packed_modules = dict.fromkeys(["q_proj", "k_proj", "v_proj"], "qkv_proj")
-    packed_modules |= dict.fromkeys(["gate_proj", "up_proj"], "gate_up_proj")
-
-    def __init__(self, config: PretrainedConfig, max_len: int, tp: TensorParallel):
+    def __init__(self, config: PretrainedConfig, variant: Variant, max_len: int, tp: TensorParallel):
         super().__init__()
         if config.hidden_act != "silu":
-            raise ValueError(f"hidden_act={config.hidden_act!r} is not supported; Qwen3 models use 'silu'")
-        if getattr(config, "use_sliding_window", False):
-            raise ValueError("use_sliding_window=True is not supported; set it to false in config.json")
+            raise ValueError(f"hidden_act={config.hidden_act!r} is not supported; these models use 'silu'")
+        self.packed_modules: dict[str, str] = {}  # projection in the checkpoint -> module that holds it
+        if not variant.fused:
+            self.packed_modules |= dict.fromkeys(["q_proj", "k_proj", "v_proj"], "qkv_proj")
+            self.packed_modules |= dict.fromkeys(["gate_proj", "up_proj"], "gate_up_proj")
         self.tie_word_embeddings = config.tie_word_embeddings
-        self.model = Qwen3Model(config, max_len, tp)
+        self.model = DecoderModel(config, variant, max_len, tp)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp)
         if self.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
