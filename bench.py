@@ -501,7 +501,7 @@ def bookkeeping(args: argparse.Namespace, is_steady: bool) -> np.ndarray:
         counts = [1] * len(seqs) if batch.num_sampled is None else batch.num_sampled.tolist()
         token_ids = [[rng.randint(0, MAX_TOKEN_ID)] * count for count in counts]
         sampled = perf_counter()
-        scheduler.postprocess(seqs, token_ids)
+        scheduler.postprocess(seqs, scheduler.advance(seqs), token_ids)
         if scheduler.num_decode_tokens == num_seqs or (not is_steady and scheduler.num_decode_tokens):
             seconds = scheduled - start, built - scheduled, perf_counter() - sampled
             steps.append((*seconds, len(pickle.dumps(codec.encode(batch), 5))))

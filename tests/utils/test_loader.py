@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import random_prompts, reference_tokens, save_model
 from nanovllm import LLM, SamplingParams
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.models.qwen import Qwen3ForCausalLM
 from nanovllm.utils import loader
 from nanovllm.utils.parallel import TensorParallel
 
