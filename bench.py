@@ -19,7 +19,8 @@ matrix product and of memory (CUDA: a copy, read and written bytes; CPU: a read)
 
     prefill            max(FLOPs / rate, bytes / bandwidth) of all prompts at once: 2 FLOPs per layer parameter and
                        prompt token, 2 per LM head parameter and prompt, 4 * heads * head_dim per layer and pair of
-                       positions of a prompt, halved for causality; bytes are all weights once.
+                       positions of a prompt, halved for causality; bytes are all weights once, of experts those that
+                       somebody chooses if all are as likely.
     each decode step   the same maximum for the next token of every unfinished sequence, at most --max-num-seqs of
                        them (as one finishes, the next takes its place): bytes are all weights and all cached keys
                        and values once; FLOPs as above, for one token of each sequence.
@@ -138,15 +139,22 @@ def floor_seconds(
     """
     layers, hidden, head_dim = model.num_hidden_layers, model.hidden_size, model.head_dim
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    projections = hidden * (2 * heads + 2 * kv_heads) * head_dim + 3 * hidden * model.intermediate_size
-    layer_params, head_params = layers * (projections + 2 * hidden + 2 * head_dim), model.vocab_size * hidden
-    weight_bytes = (layer_params + head_params) * itemsize
+    attention = hidden * (2 * heads + 2 * kv_heads) * head_dim + 2 * hidden + 2 * head_dim
+    expert_params, num_chosen, num_experts, num_sparse = experts_of(model)
+    dense_params = layers * attention + (layers - num_sparse) * 3 * hidden * model.intermediate_size
+    layer_params, head_params = dense_params + num_chosen * expert_params, model.vocab_size * hidden
+
+    def weight_bytes(num_tokens: np.ndarray) -> np.ndarray:
+        """All of a dense model; of the experts those that so many tokens choose if all are as likely."""
+        chosen = num_experts * (1 - (1 - num_chosen / max(num_experts, 1)) ** num_tokens)
+        return (dense_params + chosen * expert_params + head_params) * itemsize
+
     kv_bytes = layers * 2 * kv_heads * head_dim * itemsize  # of one token
     pair_flops = layers * 4 * heads * head_dim  # of a query and a key
 
     inputs, outputs = np.array([len(prompt) for prompt in workload.prompts]), np.array(workload.output_lens)
     flops = 2 * layer_params * inputs.sum() + 2 * head_params * len(inputs) + pair_flops * (inputs**2).sum() / 2
-    prefill = max(flops / flop_rate, weight_bytes / bandwidth)
+    prefill = max(flops / flop_rate, weight_bytes(inputs.sum()) / bandwidth)
 
     # The prefill gives each sequence its first token. Sequence i is in the decode steps starts[i] <= t < ends[i], in
     # step t with offsets[i] + t keys.
@@ -158,8 +166,18 @@ def floor_seconds(
     num_keys = (np.bincount(starts, offsets, n + 1) - np.bincount(ends, offsets, n + 1)).cumsum()[:n]
     num_keys += num_seqs * np.arange(n)
     flops = 2 * (layer_params + head_params) * num_seqs + pair_flops * num_keys
-    decode = np.maximum(flops / flop_rate, (weight_bytes + kv_bytes * num_keys) / bandwidth).sum()
+    decode = np.maximum(flops / flop_rate, (weight_bytes(num_seqs) + kv_bytes * num_keys) / bandwidth).sum()
     return float(prefill), float(decode)
+
+
+def experts_of(model: PretrainedConfig) -> tuple[int, int, int, int]:
+    """Parameters of an expert in all layers that have some, how many are chosen, how many there are; those layers."""
+    num_experts, step = getattr(model, "num_experts", 0), getattr(model, "decoder_sparse_step", 1)
+    if not num_experts:
+        return 0, 0, 0, 0
+    sparse = {*range(step - 1, model.num_hidden_layers, step)} - {*(model.mlp_only_layers or ())}
+    params = len(sparse) * 3 * model.hidden_size * model.moe_intermediate_size
+    return params, model.num_experts_per_tok, num_experts, len(sparse)
 
 
 def first_decode_steps(output_lens: list[int], max_num_seqs: int) -> np.ndarray:

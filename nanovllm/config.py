@@ -1,6 +1,7 @@
 """Every setting of an engine, checked before anything is loaded."""
 
 import json
+import math
 import re
 import reprlib
 import warnings
@@ -152,6 +153,8 @@ class Config:
                 f"batch_invariant=True and tensor_parallel_size={self.tensor_parallel_size}: sums of more than two "
                 "ranks depend on the batch; use at most 2, and data_parallel_size for more GPUs"
             )
+        if self.device.type == "cuda" and getattr(self.hf_config, "num_experts_per_tok", 0):
+            raise ValueError("batch_invariant=True is not for mixtures of experts on a GPU: leave it out")
         if self.device.type == "cuda" and self.attention_backend not in ("auto", "triton"):
             raise ValueError(
                 f"batch_invariant=True and attention_backend={self.attention_backend!r}, whose results depend on the "
@@ -264,6 +267,7 @@ def check_parallel_size(size: int, num_replicas: int, hf_config: PretrainedConfi
     KV heads may be fewer than the ranks, several of which then hold the same one.
     """
     heads, kv_heads, width = hf_config.num_attention_heads, hf_config.num_key_value_heads, hf_config.intermediate_size
+    width = math.gcd(width, getattr(hf_config, "moe_intermediate_size", None) or width)
     fitting = [n for n in range(1, 9) if heads % n == width % n == 0 and 0 in (kv_heads % n, n % kv_heads)]
     if size not in fitting:
         raise ValueError(

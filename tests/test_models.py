@@ -18,6 +18,7 @@ LONGROPE = {
     "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0,
     "short_factor": [1.0 + 0.05 * i for i in range(12)], "long_factor": [1.0 + 0.5 * i for i in range(12)],
 }  # fmt: skip
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 36}
 MODELS_TO_TRY = {
     "llama": ("Llama", {}),
     "llama3-tied": ("Llama", {"rope_scaling": LLAMA3, "tie_word_embeddings": True, "num_key_value_heads": 1}),
@@ -34,7 +35,14 @@ MODELS_TO_TRY = {
          "original_max_position_embeddings": 128},
     ),
 }  # fmt: skip
-ON_TWO_RANKS = ("llama-bias", "qwen2-tied", "phi4-partial")
+ON_TWO_RANKS = ("llama-bias", "qwen2-tied", "phi4-partial", "qwen3-moe")
+MODELS_TO_TRY |= {
+    "qwen3-moe": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": True}),
+    "qwen3-moe-mixed": (
+        "Qwen3Moe",
+        EXPERTS | {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": False},
+    ),
+}  # fmt: skip
 PRESSURES = {
     "plain": {},
     "chunked, preempted": {"max_num_batched_tokens": 11, "num_kvcache_blocks": 13},
@@ -86,6 +94,24 @@ def test_bf16_logprobs_are_as_close_to_fp32_as_those_of_transformers(tmp_path, n
                 theirs.append(reference_logits(rounded, sequence).float().log_softmax(-1))
     ours, truth, theirs = (torch.stack(rows) for rows in (ours, truth, theirs))
     assert (ours - truth).norm() < 1.5 * (theirs - truth).norm()
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_experts_run_in_bf16_and_int8_and_the_router_stays_as_it_is(tmp_path, quantization):
+    """Most first tokens are those of fp32: a changed choice of experts changes a logit by much."""
+    model = save_model(tmp_path, dtype=torch.bfloat16, architecture="Qwen3Moe", initializer_range=0.3, **EXPERTS)
+    prompts, params = random_prompts(range(5, 45)), SamplingParams(temperature=0, max_tokens=1)
+    try:
+        llm = LLM(str(tmp_path), device="cpu", num_kvcache_blocks=200, quantization=quantization)
+    except ValueError as error:  # a CPU without the kernels
+        pytest.skip(str(error))
+    with llm:
+        tokens = [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
+        sparse = llm.model_runner.model.model.layers[0].mlp
+        kinds = type(sparse.gate.weight).__name__, type(sparse.experts[0].down_proj.weight).__name__
+        assert "Int8Weight" not in kinds[:1] and (kinds[1] == "Int8Weight") == (quantization == "int8")
+    expected = [reference_tokens(model.float(), prompt, 1) for prompt in prompts]
+    assert sum(a == b for a, b in zip(tokens, expected, strict=True)) >= 30
 
 
 def test_a_sliding_window_lowers_the_longest_length_with_a_warning(tmp_path):

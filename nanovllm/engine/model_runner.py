@@ -22,6 +22,8 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.layers import cpu_kernels
 from nanovllm.layers.attention import Attention, AttentionBackend, choose_backend
 from nanovllm.layers.attention_cpu import CPUAttention
+from nanovllm.layers.experts import Experts, Router
+from nanovllm.layers.fused import triton_problem
 from nanovllm.layers.logits_processor import token_logprobs
 from nanovllm.layers.parallel_sampler import sample_on_ranks
 from nanovllm.layers.sampler import sample
@@ -192,7 +194,10 @@ class ModelRunner:
             inputs.append(sizes.hidden_size)
             ours = config.quantization or products
             check_batch_invariance(config.dtype, config.device, head_dim, inputs, ours)
-        convert = partial(pack, quantization=config.quantization, products=products)
+
+        def convert(param: torch.nn.Parameter, module: torch.nn.Module) -> object:
+            return pack(param, None if isinstance(module, Router) else config.quantization, products)
+
         with BUILDING, torch.device("meta"):  # parameters get their memory one by one
             default_dtype = torch.get_default_dtype()
             torch.set_default_dtype(config.dtype)
@@ -209,7 +214,12 @@ class ModelRunner:
         return model.to(config.device).eval()
 
     def _can_capture(self, backend: AttentionBackend) -> bool:
-        return self.device.type == "cuda" and backend is not CPUAttention and not self.config.enforce_eager
+        if self.device.type != "cuda" or backend is CPUAttention or self.config.enforce_eager:
+            return False
+        return triton_problem() is None or not self._has_experts()
+
+    def _has_experts(self) -> bool:
+        return any(isinstance(module, Experts) for module in self.model.modules())
 
     def _can_record(self) -> bool:
         """Whether the kernels for CPUs do all of a decode step; if only some of it, the log says what they do not."""
@@ -217,6 +227,7 @@ class ModelRunner:
         if self.config.enforce_eager or not cpu_kernels.has_kernels(nothing):
             return False
         others = ["sums over ranks"] if self.tp.size > 1 else []
+        others += ["the choice of experts"] if self._has_experts() else []
         if not cpu_kernels.has_kernels(nothing, head_dim=head_dim):
             others.append(f"attention with head_dim={head_dim}, above 256")
         unpacked = [(name, param.shape[1]) for name, param in self.model.named_parameters() if param.dim() == 2]

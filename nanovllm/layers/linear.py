@@ -55,11 +55,11 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """A projection split by input features; the ranks' partial sums are added up."""
+    """A projection split by input features; the ranks' partial sums are added up, unless that is left to the caller."""
 
-    def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel):
+    def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel, reduces: bool = True):
         super().__init__()
-        self.tp = tp
+        self.tp, self.reduces = tp, reduces
         self.input_size = input_size
         size = input_size // tp.size
         self.columns = slice(tp.rank * size, (tp.rank + 1) * size)
@@ -75,4 +75,5 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias if self.tp.rank == 0 else None  # added once, not once per rank
-        return self.tp.all_reduce(linear(x, self.weight, bias))
+        out = linear(x, self.weight, bias)
+        return self.tp.all_reduce(out) if self.reduces else out

@@ -16,7 +16,7 @@ of the layers in `nanovllm.layers`, and enter it here, or from outside before an
 
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.phi3 import Phi3ForCausalLM
-from nanovllm.models.qwen import Qwen2ForCausalLM, Qwen3ForCausalLM
+from nanovllm.models.qwen import Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 MODELS = {
     "LlamaForCausalLM": LlamaForCausalLM,
@@ -24,4 +24,5 @@ MODELS = {
     "Phi3ForCausalLM": Phi3ForCausalLM,
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
     "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    "Qwen3MoeForCausalLM": Qwen3MoeForCausalLM,
 }

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.experts import Experts, Router
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
@@ -26,6 +27,7 @@ class Variant:
     mlp_bias: bool = False
     qk_norm: bool = False  # of each head, before the rotary embedding
     fused: bool = False  # the checkpoint has each of `qkv_proj` and `gate_up_proj` as one tensor
+    sparse_layers: frozenset[int] = frozenset()  # which have a mixture of experts
 
 
 class DecoderAttention(nn.Module):
@@ -52,23 +54,40 @@ class DecoderAttention(nn.Module):
 
 
 class DecoderMLP(nn.Module):
-    def __init__(self, config: PretrainedConfig, variant: Variant, tp: TensorParallel):
+    def __init__(self, hidden_size: int, size: int, bias: bool, tp: TensorParallel, reduces: bool = True):
         super().__init__()
-        sizes = dict.fromkeys(["gate_proj", "up_proj"], config.intermediate_size)
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, sizes, variant.mlp_bias, tp)
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, variant.mlp_bias, tp)
+        self.gate_up_proj = ColumnParallelLinear(hidden_size, dict.fromkeys(["gate_proj", "up_proj"], size), bias, tp)
+        self.down_proj = RowParallelLinear(size, hidden_size, bias, tp, reduces)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu_and_mul(*self.gate_up_proj(x)))
 
 
+class SparseMLP(nn.Module):
+    """A mixture of experts, each of which is split over the ranks."""
+
+    def __init__(self, config: PretrainedConfig, tp: TensorParallel):
+        super().__init__()
+        sizes, self.tp = (config.hidden_size, config.moe_intermediate_size), tp
+        self.gate = Router(config.hidden_size, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob)
+        self.experts = Experts(DecoderMLP(*sizes, False, tp, reduces=False) for _ in range(config.num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tp.all_reduce(self.experts(x, *self.gate(x)))
+
+
 class DecoderLayer(nn.Module):
-    def __init__(self, config: PretrainedConfig, variant: Variant, rotary_emb: RotaryEmbedding, tp: TensorParallel):
+    def __init__(
+        self, config: PretrainedConfig, variant: Variant, index: int, rotary_emb: RotaryEmbedding, tp: TensorParallel
+    ):  # fmt: skip
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = DecoderAttention(config, variant, rotary_emb, tp)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = DecoderMLP(config, variant, tp)
+        if index in variant.sparse_layers:
+            self.mlp = SparseMLP(config, tp)
+        else:
+            self.mlp = DecoderMLP(config.hidden_size, config.intermediate_size, variant.mlp_bias, tp)
 
     def forward(self, positions: Tensor, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Takes and returns this layer's addition to the residual stream, and the stream without it."""
@@ -83,7 +102,7 @@ class DecoderModel(nn.Module):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         rotary_emb = RotaryEmbedding(config, config.head_dim, max_len)
-        layers = (DecoderLayer(config, variant, rotary_emb, tp) for _ in range(config.num_hidden_layers))
+        layers = (DecoderLayer(config, variant, i, rotary_emb, tp) for i in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 Index = slice | tuple[slice, ...]
 Place = tuple[nn.Module, str]  # of a parameter: the module and the attribute
-Convert = Callable[[nn.Parameter], object]  # from a filled parameter to what stands in its place
+Convert = Callable[[nn.Parameter, nn.Module], object]  # a filled parameter, a module it is of -> what takes its place
 
 
 class CheckpointTensor(Protocol):
@@ -50,7 +50,7 @@ def load_model(
     model: nn.Module,
     path: Path,
     device: torch.device | str = "cpu",
-    convert: Convert = lambda param: param,
+    convert: Convert = lambda param, module: param,
     show_progress: bool = True,
     before_each: Callable[[], None] = lambda: None,
 ) -> None:
@@ -101,7 +101,7 @@ def _load(file: Path, name: str, module: nn.Module, attribute: str, shard: str |
 
 
 def load_dummy(
-    model: nn.Module, seed: int, device: torch.device | str = "cpu", convert: Convert = lambda param: param
+    model: nn.Module, seed: int, device: torch.device | str = "cpu", convert: Convert = lambda param, module: param
 ) -> None:
     """Random weights, normal with standard deviation 0.02; norms are 1. The same seed gives the same weights.
 
@@ -151,7 +151,7 @@ def _empty_like(param: nn.Parameter, device: torch.device) -> torch.Tensor:
 
 
 def _replace(places: list[Place], convert: Convert) -> None:
-    converted = convert(getattr(*places[0]))
+    converted = convert(getattr(*places[0]), places[0][0])
     for place in places:
         delattr(*place)  # where there is a parameter nothing else can be set
         setattr(*place, converted)

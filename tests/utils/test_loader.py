@@ -130,7 +130,7 @@ def test_a_weight_has_memory_from_its_first_tensor_to_its_conversion(tmp_path, l
         model = Qwen3ForCausalLM(hf_model.config, 64, TensorParallel())
     converted = []
 
-    def convert(param):
+    def convert(param, module):
         others = [other for other in model.parameters() if other.dim() == 2 and not other.is_meta]
         assert any(other is param for other in others if param.dim() == 2) or param.dim() == 1
         assert len(others) <= 3  # the projections of a layer come in the order of their names

@@ -1,0 +1,48 @@
+"""Mixtures of experts (Shazeer et al., 2017, arXiv:1701.06538): which experts a token goes to, and their sum.
+
+Legend: T tokens, E experts, K of them chosen for a token, H hidden size.
+"""
+
+from importlib import import_module
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nanovllm.layers.fused import triton_problem
+from nanovllm.layers.weight import linear
+
+
+class Router(nn.Module):
+    """Chooses the likeliest experts. Its weight is never quantised: a small error would choose others."""
+
+    def __init__(self, hidden_size: int, num_experts: int, num_chosen: int, normalizes: bool):
+        super().__init__()
+        self.num_chosen, self.normalizes = num_chosen, normalizes
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size), requires_grad=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H] -> [T, K] experts (int64), and how much each counts (fp32)."""
+        probs, chosen = linear(x, self.weight).softmax(-1, dtype=torch.float32).topk(self.num_chosen)
+        return chosen, probs / probs.sum(-1, keepdim=True) if self.normalizes else probs
+
+
+class Experts(nn.ModuleList):
+    """Gated MLPs, each with `gate_up_proj` and `down_proj`, of which only those chosen are read."""
+
+    addresses: Tensor | None = None  # of all weights, for who computes the products of all together
+
+    def forward(self, x: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
+        """[T, H], [T, K] and [T, K] of `Router` -> [T, H], the chosen experts' sum."""
+        if has_grouped_products(x):
+            return import_module("nanovllm.layers.experts_triton").mix(x, chosen, counts, self)
+        out, chosen = torch.zeros_like(x, dtype=torch.float32), chosen.cpu().numpy()
+        for expert in np.unique(chosen).tolist():  # in the same order for each token, whatever others chose
+            rows, places = (torch.from_numpy(i).to(x.device) for i in (chosen == expert).nonzero())
+            out.index_add_(0, rows, self[expert](x[rows]).float() * counts[rows, places].unsqueeze(1))
+        return out.to(x.dtype)
+
+
+def has_grouped_products(x: Tensor) -> bool:
+    """Whether all experts' products are one launch, of which the host need not know who was chosen."""
+    return x.is_cuda and triton_problem() is None

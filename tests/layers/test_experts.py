@@ -1,0 +1,74 @@
+"""Mixtures of experts: the products of all by one kernel, against each expert's own, and the kernel's binaries."""
+
+import pytest
+import torch
+from torch import nn
+
+from aot import ARCHITECTURES, SHARED_LIMIT, compile_kernel
+from nanovllm.layers import experts, experts_triton
+from nanovllm.layers.experts import Experts, Router
+from nanovllm.models.decoder import DecoderMLP
+from nanovllm.utils.parallel import TensorParallel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3}
+
+
+def make_experts(num_experts: int, hidden_size: int, size: int, dtype: torch.dtype) -> Experts:
+    made = Experts(DecoderMLP(hidden_size, size, False, TensorParallel(), reduces=False) for _ in range(num_experts))
+    for param in made.parameters():
+        nn.init.normal_(param, std=0.1)
+    return made.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_tokens", [1, 7, 90])
+@torch.inference_mode()
+def test_products_of_sorted_tokens_equal_each_experts_own(num_tokens, dtype, monkeypatch):
+    """With experts that nobody chooses, and one that all do; sizes that no tile divides."""
+    torch.manual_seed(num_tokens)
+    made, x = make_experts(6, 72, 40, dtype), torch.randn(num_tokens, 80).to(DEVICE, dtype)[:, :72]
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(num_tokens)]).to(DEVICE)
+    chosen = torch.cat([chosen, torch.full((num_tokens, 1), 5, device=DEVICE)], 1)
+    counts = torch.rand(num_tokens, 3, device=DEVICE)
+    monkeypatch.setattr(experts, "has_grouped_products", lambda x: False)
+    expected = made(x, chosen, counts)
+    monkeypatch.setattr(experts, "has_grouped_products", lambda x: True)
+    torch.testing.assert_close(made(x, chosen, counts), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert expected.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_a_tile_has_the_choices_of_one_expert_and_each_choice_one_place(rows):
+    torch.manual_seed(rows)
+    for num_tokens, num_experts in ((1, 8), (5, 300), (200, 8), (64, 1), (33, 128)):
+        chosen = torch.randint(num_experts, (num_tokens, 4))
+        tiles, of_tile = experts_triton.sort_by_expert(chosen, num_experts, rows)
+        used = tiles[tiles >= 0]
+        assert used.sort().values.tolist() == list(range(num_tokens * 4))
+        for tile, expert in zip(tiles, of_tile, strict=True):
+            mine = tile[tile >= 0]
+            assert (chosen.flatten()[mine] == expert).all()
+            assert len(mine) == 0 or tile[0] >= 0  # what the kernel asks
+
+
+def test_the_router_takes_the_likeliest():
+    torch.manual_seed(0)
+    x, router = torch.randn(5, 24), Router(24, 10, 3, normalizes=True)
+    nn.init.normal_(router.weight)
+    chosen, counts = router(x)
+    probs = (x @ router.weight.T).softmax(-1)
+    for row in range(5):
+        best = sorted(range(10), key=lambda expert: -probs[row, expert].item())[:3]
+        assert chosen[row].tolist() == best
+        torch.testing.assert_close(counts[row], probs[row, best] / probs[row, best].sum())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
+@pytest.mark.parametrize(("dtype", "rows"), [("bf16", 16), ("bf16", 64), ("fp32", 16)])
+def test_grouped_kernel_compiles_ahead_of_time(arch, dtype, rows):
+    signature = {name: f"*{dtype}:16" for name in ("x", "like", "out")}
+    signature |= dict.fromkeys(["addresses", "tiles", "of_tile"], "*i64:16") | {"x_stride": "i32:16"}
+    sizes = {"NUM_CHOSEN": 8, "N": 1536, "K": 2048, "ROWS": rows, "COLUMNS": 64, "DEPTH": 32 if dtype == "fp32" else 64}
+    binary = compile_kernel(experts_triton._grouped_kernel, signature, sizes, arch, num_warps=4, num_stages=3)
+    assert binary.shared <= SHARED_LIMIT[arch] and binary.spilled == 0
