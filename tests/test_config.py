@@ -96,7 +96,7 @@ def test_no_setting_of_ours_is_taken_for_one_of_vllms():
 
 def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", "architectures": ["NewForCausalLM"]}))
-    with pytest.raises(ValueError, match=r"NewForCausalLM.*supported are \['Llama.*'Qwen3ForCausalLM'\]$"):
+    with pytest.raises(ValueError, match=r"NewForCausalLM.*supported are \['Llama.*'Qwen3MoeForCausalLM'\]$"):
         Config(str(tmp_path))
 
 
