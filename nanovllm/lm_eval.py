@@ -28,7 +28,7 @@ class NanoVLLM(TemplateLM):
 
     Args:
         pretrained: A checkpoint, as for `LLM`.
-        device: As for `LLM`.
+        device: As for `LLM`; "cuda:0" is "auto".
         batch_size, max_batch_size: Ignored; `max_num_seqs` and `max_num_batched_tokens` say what runs together.
         max_length: Most tokens that a token may follow; else one less than `max_model_len`.
         max_gen_toks: Most tokens to generate where a task does not say.
@@ -48,7 +48,8 @@ class NanoVLLM(TemplateLM):
         super().__init__()
         if max_length is not None:
             settings["max_model_len"] = max_length + 1
-        self.llm = LLM(pretrained, device=device or "auto", **settings)
+        device = "auto" if device in (None, "cuda:0") else device  # what the command line says by itself
+        self.llm = LLM(pretrained, device=device, **settings)
         self.tokenizer = self.llm.tokenizer
         if self.tokenizer is None:
             raise ValueError(f"{pretrained} has no tokenizer, and the harness' requests are texts")

@@ -68,7 +68,7 @@ def models() -> Iterator[tuple[object, object]]:
 
     ours = get_model("nanovllm").create_from_arg_string(
         f"pretrained={DEMO_MODEL},dtype=float32,max_length={MAX_LENGTH},num_kvcache_blocks=100,kvcache_block_size=16",
-        {"batch_size": 4, "max_batch_size": None, "device": "cpu"},
+        {"batch_size": 4, "max_batch_size": None, "device": "cuda:0"},  # the command line's default
     )
     theirs = get_model("hf")(
         pretrained=str(DEMO_MODEL), dtype="float32", max_length=MAX_LENGTH, batch_size=4, device="cpu"

@@ -118,9 +118,8 @@ class Scheduler:
             self.sequences.pop(seq.seq_id, None)
         for seq in list(self.sequences.values()):
             seq.status, seq.finish_reason = SequenceStatus.WAITING, None
-            if seq.unscored or not self._finish_if_complete(
-                seq
-            ):  # a step may have ended between its last token and its end
+            # A step may have ended between its last token and its end.
+            if seq.unscored or not self._finish_if_complete(seq):
                 self.waiting.append(seq)
 
     def finish(self, seq: Sequence, reason: str, stop_reason: str | None = None) -> None:
