@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(is_missing, reason="lm_eval or accelerate is not
 MAX_LENGTH = 96  # tokens, less than the longest text has
 ADDENDS = [(3, 4), (17, 25), (100, 250), (8, 9), (31, 6)]
 SUMS = [{"question": f"what is {a} + {b}?", "sum": f"{a} + {b} = {a + b}."} for a, b in ADDENDS]
+LONG = [*SUMS, {"question": "sort 42, 7, 93, 15. " * 9 + "what is 8 + 9?", "sum": "8 + 9 = 17."}]  # too long
 CHOICES = [
     {"question": "user: who are you?\nassistant: I am ", "choices": ["nano-qwen3", "a small language", "prime", "7"]},
     {"question": "3 + 4 =", "choices": ["7", "8 or 9", "11", "the sum"]},
@@ -49,7 +50,7 @@ def tasks(tmp_path_factory) -> list[dict]:
             generation_kwargs=generation | {"until": ["\n\n"]}, metric_list=[{"metric": "exact_match"}],
         ),
         task(
-            "starts", SUMS, output_type="generate_until", doc_to_text="{{question}}", doc_to_target="{{sum}}",
+            "starts", LONG, output_type="generate_until", doc_to_text="{{question}}", doc_to_target="{{sum}}",
             generation_kwargs=generation, metric_list=[{"metric": "exact_match"}],
         ),
         task(
@@ -103,3 +104,28 @@ def test_all_kinds_of_requests_come_out_as_from_the_harness_own_model(tasks, mod
     if is_chat:
         assert ours["results"]["sums"]["exact_match,none"] == 1.0
         assert all("=" not in sample["resps"][0][0] for sample in ours["samples"]["starts"])
+
+
+def instance(*arguments: object) -> object:
+    from lm_eval.api.instance import Instance
+
+    return Instance("generate_until", {}, arguments, 0)
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning(models, monkeypatch):
+    model, given = models[0], []
+    monkeypatch.setattr(model.llm, "generate", lambda prompts, params, use_tqdm: given.append((prompts, params)) or [])
+    with pytest.raises(ValueError, match="strict|shorter"):  # no outputs for the prompt
+        model.generate_until([instance(TEXTS[2], {"max_gen_toks": 24, "temperature": 0.5, "top_p": 0.9})])
+    [([prompt], [params])] = given
+    assert prompt == model.tok_encode(TEXTS[2])[24 - MAX_LENGTH :] and len(prompt) == MAX_LENGTH - 24
+    assert (params.max_tokens, params.temperature, params.top_p) == (24, 0.5, 0.9)
+    with pytest.raises(ValueError, match="max_gen_toks=96 leaves no room for a prompt: max_length=96"):
+        model.generate_until([instance("Hello", {"max_gen_toks": MAX_LENGTH})])
+
+
+def test_of_thoughts_and_an_answer_the_answer_counts(models, monkeypatch):
+    model = models[0]
+    monkeypatch.setattr(model, "think_end_token", "=")
+    prompt = model.apply_chat_template([{"role": "user", "content": "what is 3 + 4?"}])
+    assert model.generate_until([instance(prompt, {"until": [" +", "."], "max_gen_toks": 24})]) == ["7"]
