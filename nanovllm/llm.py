@@ -7,8 +7,9 @@ from nanovllm.engine.beam_search import BeamSearchParams, beam_search
 from nanovllm.engine.chat import Conversations, render_chats
 from nanovllm.engine.inputs import Params, Prompt, Prompts
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.scoring import Completions, score
 from nanovllm.engine.unordered import generate_unordered
-from nanovllm.outputs import BeamOutput, RequestOutput, StreamDelta
+from nanovllm.outputs import BeamOutput, RequestOutput, Score, StreamDelta
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -119,6 +120,32 @@ class LLM(LLMEngine):
         """
         self._check_single("beam_search")
         return beam_search(self, prompts, params, use_tqdm)
+
+    def score(self, prompts: Prompts, completions: Completions, use_tqdm: bool = True) -> list[Score | list[Score]]:
+        """The log-probabilities of given completions, under the model's own distribution.
+
+        A prompt is computed once for all its completions, and only their tokens are projected over the vocabulary.
+
+        A text after a text is what the tokens of both together are beyond the prompt's own; spaces at the prompt's end
+        count to it, since tokenizers join them to the word that follows. Token ids are taken as they are, and a text
+        after token ids is tokenized alone, without special tokens.
+
+        Args:
+            prompts: As for `generate`.
+            completions: For each prompt one, text or token ids, or a list of them.
+            use_tqdm: Show a progress bar.
+
+        Returns:
+            For each prompt, in order, a dict, or a list of them where there is a list of completions, with `logprob`
+            (their sum), `is_greedy`, `num_tokens`, `token_ids` and `token_logprobs`.
+
+        Raises:
+            TypeError: A prompt or a completion is neither text nor integers.
+            ValueError: As of `generate`, where a prompt with its completion may fill the model's length; also if a
+                completion has no token, or there are not as many `completions` as prompts.
+        """
+        self._check_open()
+        return score(self, prompts, completions, use_tqdm)
 
     def default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends; `SamplingParams()` where it says nothing."""

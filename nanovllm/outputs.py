@@ -76,6 +76,16 @@ class BeamOutput(BeamHypothesis):
     outputs: list[BeamHypothesis]  # all that were kept, best first
 
 
+class Score(Record):
+    """How likely a given completion is, as `score` returns it."""
+
+    logprob: float  # of the whole completion: the sum over its tokens
+    is_greedy: bool  # whether each of its tokens is the most likely one, so that greedy decoding begins with it
+    num_tokens: int
+    token_ids: list[int]  # the completion's
+    token_logprobs: list[float]  # of each, given the prompt and those before it
+
+
 class GenerationError(RuntimeError):
     """Some requests of a call failed of what concerns them alone. `outputs` has those of all its prompts."""
 

@@ -28,7 +28,7 @@ class Batch:
     uniforms: np.ndarray | None = None  # [R] float64 in [0, 1), one draw each, None if all are greedy
     has_options: bool = False  # some sequence asks for more than a temperature
     seq_ids: list[int] | None = None  # [D + C]
-    prompt_logprob_rows: np.ndarray | None = None  # tokens of which the next one's log-probability is wanted
+    prompt_logprob_rows: np.ndarray | None = None  # given tokens of which the next one's log-probability is wanted
     sources: np.ndarray | None = None  # [D] int64: which of the last samples a row's input is, -1 if `input_ids` has it
 
     @property
@@ -120,7 +120,7 @@ class BatchBuilder:
             batch.cu_seqlens_q = np.concatenate([[0], lens[num_decode:].cumsum()]).astype(np.int32)
             lasts = lens.cumsum()[num_decode:][(ends == known)[num_decode:]] - 1  # of the chunks that end a prompt
             batch.logit_rows = np.concatenate([np.arange(num_tokens), lasts])
-            batch.prompt_logprob_rows = _prompt_logprob_rows(seqs, rows, positions)
+            batch.prompt_logprob_rows = _unscored_rows(seqs, rows, positions)
         batch.num_sampled = np.where(is_chunk, ends == known, lens)
         return batch
 
@@ -160,10 +160,14 @@ def find_slots(tables: np.ndarray, rows: np.ndarray, positions: np.ndarray, bloc
     return tables[rows, blocks].astype(np.int64) * block_size + offsets
 
 
-def _prompt_logprob_rows(seqs: list[Sequence], rows: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
-    """Those of the T tokens that the next token of a prompt follows, where its log-probability is wanted."""
-    prompt_lens = np.array([seq.num_prompt_tokens if seq.lacks_prompt_logprobs else 0 for seq in seqs])
-    return np.flatnonzero(positions + 1 < prompt_lens[rows]) if prompt_lens.any() else None
+def _unscored_rows(seqs: list[Sequence], rows: np.ndarray, positions: np.ndarray) -> np.ndarray | None:
+    """Those of the T tokens that a given token follows whose log-probability is wanted."""
+    wanted = [seq.unscored for seq in seqs]
+    if not any(wanted):
+        return None
+    starts, ends = np.array([(positions.start, positions.stop) for positions in wanted]).T[:, rows]
+    found = np.flatnonzero((starts <= positions + 1) & (positions + 1 < ends))
+    return found if len(found) else None
 
 
 def splitmix64(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:

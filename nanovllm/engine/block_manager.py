@@ -70,10 +70,8 @@ class BlockManager:
         At least the last token is left out: its logits are needed, so it must be computed again.
         """
         hits: list[Block] = []
-        if seq.lacks_prompt_logprobs:
-            return hits
         uid = ROOT
-        for k, block_hash in enumerate(self.hashes(seq)[: (len(seq) - 1) // self.block_size]):
+        for k, block_hash in enumerate(self.hashes(seq)[: seq.num_reusable_tokens // self.block_size]):
             block = self.cached.get(block_hash)
             if block is None or block.parent_uid != uid or block.tokens != self._tokens(seq, k):
                 break
@@ -112,6 +110,8 @@ class BlockManager:
             shared.ref_count -= 1
             seq.block_table[-1] = self._take()
             self.copies.append((shared.block_id, seq.block_table[-1], seq.num_computed_tokens % self.block_size))
+        elif seq.num_computed_tokens % self.block_size:
+            self._forget(self.blocks[seq.block_table[-1]])  # another may have filled it before
         for _ in range(self.num_blocks_missing(seq, num_tokens)):
             seq.block_table.append(self._take())
 
@@ -132,12 +132,16 @@ class BlockManager:
         block_id, _ = self.free_ids.popitem(last=False)
         block = self.blocks[block_id]
         assert block.ref_count == 0
+        self._forget(block)
+        block.ref_count = 1
+        return block_id
+
+    def _forget(self, block: Block) -> None:
+        """Before something else is written to it."""
         if block.hash is not None:
             del self.cached[block.hash]
             block.hash = None
         block.uid = ROOT
-        block.ref_count = 1
-        return block_id
 
     def publish(self, seq: Sequence, start: int, end: int) -> None:
         """Enters into the prefix cache the blocks that `seq` has filled by computing its tokens from `start` on."""

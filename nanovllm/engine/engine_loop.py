@@ -118,16 +118,15 @@ class EngineLoop(CallLoop):
         return num_prefill + num_decode if num_prefill else -num_decode
 
     def _postprocess(self, samples: Samples) -> None:
+        seqs = [seq for seq in samples.seqs if seq.finish_reason is None]  # others ended while this step was ahead
         self.scheduler.postprocess(samples.seqs, samples.ends, samples.read())
         mark("postprocess")
-        self._report(samples.seqs)
+        self._report(seqs)
         mark("report")
 
     def _report(self, seqs: list[Sequence]) -> None:
         """Reads the text of those that wait for a stop string, and tells the watchers of a step's sequences."""
         for seq in seqs:
-            if seq.watcher is None:  # it has ended meanwhile, while the next step was ahead
-                continue
             if seq.text is not None:
                 self._read_text(seq)
             if seq.watcher.follows and seq.finish_reason is None:

@@ -78,6 +78,15 @@ def encode(
     start: int = 0
 ) -> list[np.ndarray]:  # fmt: skip
     """Token ids of each prompt, checked, as int32; the first is called `prompts[start]` in errors."""
+    tokenized = tokenize(prompts, config, tokenizer)
+    return [
+        check_ids(ids, f"prompts[{i}]", p, config)
+        for i, (ids, p) in enumerate(zip(tokenized, params, strict=True), start)
+    ]
+
+
+def tokenize(prompts: list[Prompt], config: Config, tokenizer: PreTrainedTokenizerBase | None) -> list[SequenceOf[int]]:
+    """The token ids of texts, together; what is no text stays as it is."""
     texts: dict[bool, list[str]] = {False: [], True: []}  # by whether a template has rendered them
     for prompt in prompts:
         if isinstance(prompt, str):
@@ -89,16 +98,11 @@ def encode(
         for kind, some in texts.items()
         if some
     }
-    return [
-        _check_prompt(
-            next(tokenized[isinstance(prompt, Rendered)]) if isinstance(prompt, str) else prompt,
-            f"prompts[{i}]", p, config
-        )
-        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True), start)
-    ]  # fmt: skip
+    return [next(tokenized[isinstance(prompt, Rendered)]) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def _check_prompt(ids: SequenceOf[int], name: str, params: SamplingParams, config: Config) -> np.ndarray:
+def check_ids(ids: SequenceOf[int], name: str, params: SamplingParams, config: Config) -> np.ndarray:
+    """One prompt's, as int32."""
     try:
         array = np.asarray(ids)
     except ValueError:  # ragged
@@ -108,14 +112,14 @@ def _check_prompt(ids: SequenceOf[int], name: str, params: SamplingParams, confi
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be a string or a list of token ids, got {reprlib.repr(ids)}")
     _check_vocabulary(name, array, config)
+    most = config.max_model_len - (params.max_tokens != 0)
     if params.truncate_prompt_tokens is not None:
-        most = config.max_model_len - 1
         array = array[-min(most, params.truncate_prompt_tokens if params.truncate_prompt_tokens > 0 else most) :]
-    if array.size >= config.max_model_len:
+    if array.size > most:
+        limit = "exceeds" if params.max_tokens == 0 else "leaves no room to generate within"
         raise ValueError(
-            f"{name} has {array.size} tokens and leaves no room to generate within max_model_len="
-            f"{config.max_model_len}: shorten it, let truncate_prompt_tokens do so, or raise max_model_len if the "
-            "model supports more"
+            f"{name} has {array.size} tokens and {limit} max_model_len={config.max_model_len}: shorten it, let "
+            "truncate_prompt_tokens do so, or raise max_model_len if the model supports more"
         )
     capacity = config.num_kvcache_blocks * config.kvcache_block_size
     if array.size > capacity:
@@ -147,8 +151,12 @@ def encode_bad_words(params: SamplingParams, tokenizer: PreTrainedTokenizerBase)
 
 
 def sibling_params(params: SamplingParams) -> SamplingParams:
-    """Of the second and further completions of a prompt, whose own log-probabilities are reported once."""
-    return params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
+    """Of the second and further completions of a prompt, whose own log-probabilities are reported once.
+
+    Where nothing is to be generated, they are what each is there for.
+    """
+    is_same = params.prompt_logprobs is None or params.max_tokens == 0
+    return params if is_same else replace(params, prompt_logprobs=None)
 
 
 def _check_vocabulary(name: str, ids: np.ndarray, config: Config) -> None:

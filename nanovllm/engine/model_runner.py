@@ -37,7 +37,7 @@ from nanovllm.utils.openmp import stop_spinning
 from nanovllm.utils.parallel import TensorParallel
 from nanovllm.utils.timeline import mark
 
-LOGPROB_ROWS = 128  # of prompt tokens at a time, whose logits over the vocabulary are in memory together
+LOGPROB_ROWS = 128  # of given tokens at a time, whose logits over the vocabulary are in memory together
 GRAPH_BYTES = 16 * 2**20  # reserved for each CUDA graph, an estimate
 BUILDING = threading.Lock()  # PyTorch's default dtype, which is changed meanwhile, is one for all threads
 logger = logging.getLogger("nanovllm")
@@ -127,7 +127,7 @@ class ModelRunner:
         """
         batch = self.batch_builder.build(seqs, unread)
         mark("build batch")
-        logits = self.forward(batch, partial(_score_prompts, seqs, batch))
+        logits = self.forward(batch, partial(_score_given, seqs, batch))
         mark("forward")
         if logits is None:
             return Samples(seqs, [[] for _ in seqs])
@@ -140,11 +140,11 @@ class ModelRunner:
         mark("sample")
         return Samples(seqs, Download(tokens), batch.num_sampled)
 
-    def forward(self, batch: Batch, score_prompts: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
+    def forward(self, batch: Batch, score_given: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
         """Fills the cache, on all ranks for the same batch. [R, vocabulary] logits to sample from on rank 0, if any; or
         the [R] tokens, if there are other ranks to help with them.
 
-        There `score_prompts` is called with parts of `batch.prompt_logprob_rows` and their logits until all are done.
+        There `score_given` is called with parts of `batch.prompt_logprob_rows` and their logits until all are done.
         """
         if self.graphs is not None and batch.cu_seqlens_q is None and len(batch.positions) <= self.graphs.sizes[-1]:
             return self._finish(batch, self.graphs.replay(batch, self.last_tokens))
@@ -158,7 +158,7 @@ class ModelRunner:
                 for rows in np.split(wanted, range(LOGPROB_ROWS, len(wanted), LOGPROB_ROWS)):
                     logits = self.model.lm_head.project(hidden_states[upload([rows], self.device)[0]])
                     if logits is not None:
-                        score_prompts(rows, logits)
+                        score_given(rows, logits)
             has_none = batch.logit_rows is not None and not len(batch.logit_rows)  # chunks, and no prompt's last
             return None if has_none else self._finish(batch, hidden_states)
 
@@ -323,12 +323,16 @@ def make_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Ste
     return input_ids, positions, Step(decode, prefill, slot_mapping, logit_rows)
 
 
-def _score_prompts(seqs: list[Sequence], batch: Batch, rows: np.ndarray, logits: Tensor) -> None:
-    """Adds to each sequence the log-probabilities of the prompt tokens after `rows` (of the T in the step)."""
-    owners = batch.num_decode + np.searchsorted(batch.cu_seqlens_q, rows - batch.num_decode, side="right") - 1
-    for owner in np.unique(owners).tolist():
-        seq, mine = seqs[owner], np.flatnonzero(owners == owner)
-        start = int(batch.positions[rows[mine[0]]]) + 1
-        del seq.prompt_logprobs[start:]  # of an attempt that was preempted
-        tokens = seq.token_ids[start : start + len(mine)].tolist()
-        seq.prompt_logprobs += token_logprobs(logits[mine.tolist()], tokens, seq.params.prompt_logprobs)
+def _score_given(seqs: list[Sequence], batch: Batch, rows: np.ndarray, logits: Tensor) -> None:
+    """Adds to each sequence the log-probabilities of the given tokens after `rows` (of the T in the step)."""
+    bounds, positions = batch.cu_seqlens_q, (batch.positions[rows] + 1).tolist()
+    owners = len(seqs) - len(bounds) + np.searchsorted(bounds, rows - batch.num_decode, side="right")
+    given = [(seqs[owner], position) for owner, position in zip(owners.tolist(), positions, strict=True)]
+    wanted = np.array([seq.params.prompt_logprobs for seq, _ in given])
+    for num_top in np.unique(wanted).tolist():
+        mine = np.flatnonzero(wanted == num_top).tolist()
+        tokens = [given[row][0].token_ids[given[row][1]] for row in mine]
+        entries = token_logprobs(logits if len(mine) == len(rows) else logits[mine], tokens, num_top)
+        for (seq, position), entry in zip([given[row] for row in mine], entries, strict=True):
+            del seq.prompt_logprobs[position - seq.unscored.start :]  # of an attempt that was preempted
+            seq.prompt_logprobs.append(entry)

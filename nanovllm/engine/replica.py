@@ -75,7 +75,7 @@ class End(NamedTuple):
     finish_reason: str
     stop_reason: int | str | None
     logprobs: list[dict]
-    prompt_logprobs: list[dict | None]
+    prompt_logprobs: list[dict]
     num_cached_tokens: int | None
     error: "PackedError | None"
 
@@ -184,7 +184,7 @@ class ReportingLoop(EngineLoop):
     def refuse(self, seq_ids: list[int], error: Exception) -> None:
         """In the thread: says that they have failed."""
         self._num_added += len(seq_ids)
-        failed = array("i"), None, "error", None, [], [None], None, PackedError.of(error)
+        failed = array("i"), None, "error", None, [], [], None, PackedError.of(error)
         self.outbox.ends += [End(seq_id, *failed) for seq_id in seq_ids]
         self._send_report()
 

@@ -41,7 +41,7 @@ class Group:
 
     def num_tokens(self, output_ratio: float) -> float:
         """To be computed, prompt and expected output."""
-        expected = sum(seq.max_len - len(seq) for seq in self.seqs) * output_ratio
+        expected = sum(max(seq.max_len - len(seq), 0) for seq in self.seqs) * output_ratio
         return len(self.seqs[0]) + expected
 
     def prefix(self, block_size: int) -> bytes | None:

@@ -66,9 +66,9 @@ class Request:
         """What `generate` returns for this prompt."""
         first, completions = self.seqs[0], [_completion(i, seq, tokenizer) for i, seq in enumerate(self.seqs)]
         prompt_ids = as_integers(first.token_ids[: first.num_prompt_tokens])
-        logprobs = None if first.params.prompt_logprobs is None else first.prompt_logprobs[:1]
-        if logprobs:
-            logprobs += with_texts(first.prompt_logprobs[1:], prompt_ids, 1, tokenizer, False)
+        logprobs = None
+        if first.params.prompt_logprobs is not None:
+            logprobs = [None, *with_texts(first.prompt_logprobs, prompt_ids, 1, tokenizer, False)]
         return RequestOutput(
             completions[0],
             prompt=self.prompt if isinstance(self.prompt, str) else None,

@@ -65,6 +65,8 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.sequences[seq.seq_id] = seq
         self.waiting.append(seq)
+        if seq.source is not None:
+            seq.source.keeps_blocks += 1
 
     def schedule(self, is_ahead: bool = False) -> list[Sequence]:
         """Chooses the sequences of the next step, sets their `num_scheduled_tokens` and allocates the slots to write.
@@ -137,7 +139,8 @@ class Scheduler:
             self.sequences.pop(seq.seq_id, None)
         for seq in list(self.sequences.values()):
             seq.status, seq.finish_reason = SequenceStatus.WAITING, None
-            if not self._finish_if_complete(seq):  # a step may have ended between its last token and its end
+            # A step may have ended between its last token and its end.
+            if seq.unscored or not self._finish_if_complete(seq):
                 self.waiting.append(seq)
 
     def finish(self, seq: Sequence, reason: str, stop_reason: str | None = None) -> None:
@@ -292,10 +295,10 @@ class Scheduler:
         """
         if seq.source is not None and seq.source in seqs:
             return True
-        if seq.lacks_prompt_logprobs or not computing:
+        if not computing:
             return False
         block_size, num_shared = self.block_manager.block_size, num_hits
-        reusable = self.block_manager.hashes(seq)[: (len(seq) - 1) // block_size]
+        reusable = self.block_manager.hashes(seq)[: seq.num_reusable_tokens // block_size]
         while num_shared < len(reusable) and reusable[num_shared] in computing:
             num_shared += 1
         return len(seq) - num_hits * block_size <= 2 * (num_shared - num_hits) * block_size
@@ -303,17 +306,25 @@ class Scheduler:
     def _attach_prefix(self, seq: Sequence, hits: list[Block]) -> bool:
         """Gives `seq` what is computed of it already, if the cache will hold the rest of it too."""
         manager, source = self.block_manager, seq.source
-        num_tokens = len(hits) * manager.block_size
-        if source is not None and source.status is SequenceStatus.RUNNING and not seq.num_completion_tokens:
-            num_tokens = seq.num_prompt_tokens - 1  # of the last token it needs the logits
-            hits = manager.blocks_of(source, num_tokens)
+        num_tokens, num_shared = len(hits) * manager.block_size, seq.num_prompt_tokens - 1  # the last one's logits
+        if source is not None and source.num_computed_tokens >= num_shared > num_tokens:
+            num_tokens, hits = num_shared, manager.blocks_of(source, num_shared)
         if not manager.num_free_blocks or not self._admits(seq, hits):
             return False
-        if seq.num_cached_tokens is None:
+        is_first = seq.num_cached_tokens is None
+        manager.attach(seq, hits, num_tokens)
+        if is_first:
             self.num_prompt_tokens += seq.num_prompt_tokens
             self.num_cached_tokens += num_tokens
-        manager.attach(seq, hits, num_tokens)
+            self._leave_source(seq)
         return True
+
+    def _leave_source(self, seq: Sequence) -> None:
+        """`seq` has what it may share of its source, or will never need it."""
+        if seq.source is not None:
+            seq.source.keeps_blocks -= 1
+            if not seq.source.keeps_blocks:
+                self.drop_held([seq.source])
 
     def _admits(self, seq: Sequence, hits: list[Block]) -> bool:
         """Whether the cache will probably hold `seq` beside the running sequences until they finish.
@@ -376,6 +387,8 @@ class Scheduler:
             self.held[seq.seq_id] = seq
         else:
             self._release(seq)
+        if seq.num_cached_tokens is None:
+            self._leave_source(seq)
         if reason != "abort" and not seq.keeps_blocks and seq.max_len > seq.num_prompt_tokens:
             used = seq.num_completion_tokens / (seq.max_len - seq.num_prompt_tokens)
             self.output_ratio += 0.1 * (used - self.output_ratio)

@@ -32,7 +32,7 @@ class Watcher(Protocol):
 
 @dataclass(slots=True, eq=False, repr=False)
 class Sequence:
-    """A prompt and what has been generated after it.
+    """A prompt and what comes after it: what has been generated, or a given completion that is only to be scored.
 
     Between steps the first `num_computed_tokens` of `token_ids` have their keys and values in the cache, in the
     blocks of `block_table`, and `len(block_table) == ceil(num_computed_tokens / block_size)`. A token is appended
@@ -48,7 +48,7 @@ class Sequence:
     source: Sequence | None = None  # of the same prompt, whose blocks this one may share once they are computed
     bad_words_ids: list[list[int]] = field(default_factory=list)
     watcher: Watcher | None = None
-    keeps_blocks: bool = False  # when it finishes, for others to fork from
+    keeps_blocks: int = 0  # when it finishes, for so many others to share or fork from
 
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: str | None = None
@@ -64,7 +64,7 @@ class Sequence:
     drafts_checked: float = 0.0
     num_cached_tokens: int | None = None  # those that the cache had when it was first admitted
     logprobs: list[dict] = field(default_factory=list)  # of the completion's tokens, if asked for
-    prompt_logprobs: list[dict | None] = field(default_factory=lambda: [None])  # if asked for; the first has none
+    prompt_logprobs: list[dict] = field(default_factory=list)  # of the given tokens that `unscored` says
 
     num_prompt_tokens: int = field(init=False)
     temperature: float = field(init=False)
@@ -98,6 +98,19 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :].tolist()
 
     @property
-    def lacks_prompt_logprobs(self) -> bool:
-        """Whether the prompt must be computed whole, because the log-probabilities of its tokens are wanted."""
-        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+    def unscored(self) -> range:
+        """Positions of the given tokens whose log-probabilities are wanted, while some are missing.
+
+        Those of the completion if there is one and nothing is to be generated, else of the prompt, whose first token
+        has none.
+        """
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        is_given = self.params.max_tokens == 0 and self.num_completion_tokens > 0
+        wanted = range(self.num_prompt_tokens, len(self)) if is_given else range(1, self.num_prompt_tokens)
+        return wanted if len(self.prompt_logprobs) < len(wanted) else range(0)
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """How many tokens may be in the cache already: what the one after them is computed for are its logits."""
+        return (self.unscored.start or len(self)) - 1

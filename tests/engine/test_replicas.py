@@ -130,6 +130,20 @@ def test_outputs_are_those_of_one_engine(one, two):
             assert mine == pytest.approx(others, abs=1e-4)
 
 
+def test_given_completions_are_scored_as_by_one_engine_and_their_prompts_are_shared(one, two):
+    prompts = [f"{i} + {7 * i} = " + "and " * (i % 5) for i in range(40)]
+    completions, results = [[str(8 * i), "8", "no idea", "and so on and on"] for i in range(40)], []
+    for llm in (one, two):
+        before = llm.stats()["prefill_tokens"]
+        scores = llm.score(prompts, completions, use_tqdm=False)
+        results.append((scores, llm.stats()["prefill_tokens"] - before))
+    (expected, num_expected), (got, num_computed) = results
+    for mine, others in zip(got, expected, strict=True):
+        assert [score.token_ids for score in mine] == [score.token_ids for score in others]
+        assert [score.logprob for score in mine] == pytest.approx([score.logprob for score in others], abs=1e-3)
+    assert num_expected <= num_computed < 1.3 * num_expected  # each replica has a cache of its own
+
+
 def test_all_replicas_work_and_the_statistics_are_of_all(two):
     before, parts = two.stats(), [process.stats["output_tokens"] for process in two._loop._replicas]
     generate(two, [[5, 6, i] for i in range(2, 42)], SamplingParams(max_tokens=10, ignore_eos=True))

@@ -6,6 +6,7 @@ from collections import Counter, deque
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -15,6 +16,7 @@ from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.batch import BatchBuilder
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.drafts import Drafter
+from nanovllm.engine.model_runner import _score_given
 from nanovllm.engine.sampling import split_samples
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
@@ -76,6 +78,7 @@ class Engine:
         self.builder = BatchBuilder(block_size, -(-MAX_MODEL_LEN // block_size))
         self.slots: dict[int, tuple[int, ...]] = {}
         self.requests: dict[int, tuple[Sequence, list[int]]] = {}
+        self.beams: set[int] = set()
         self.num_steps = self.num_ahead = self.next_id = 0
 
     def add(self, prompt: list[int], max_tokens: int, copies: int = 1, is_beam: bool = False) -> None:
@@ -84,9 +87,23 @@ class Engine:
         source = None
         for _ in range(copies):
             seq = Sequence(self.next_id, prompt, params, frozenset([EOS]), MAX_MODEL_LEN, source=source)
-            seq.keeps_blocks = is_beam
+            if is_beam:
+                seq.keeps_blocks = 1
+                self.beams.add(seq.seq_id)
             self.next_id += 1
             self.requests[seq.seq_id] = seq, complete(prompt, max_tokens)
+            self.scheduler.add(seq)
+            source = source or seq
+
+    def score(self, prompt: list[int], completions: list[list[int]]) -> None:
+        """Given completions, that may share the blocks of the prompt."""
+        source = None
+        for completion in completions:
+            params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+            seq = Sequence(self.next_id, prompt, params, frozenset([EOS]), source=source)
+            seq.token_ids.extend(completion)
+            self.next_id += 1
+            self.requests[seq.seq_id] = seq, completion
             self.scheduler.add(seq)
             source = source or seq
 
@@ -153,6 +170,9 @@ class Engine:
             for row, seq in zip(batch.block_tables.tolist(), owners + chunks, strict=True):
                 assert row[: len(seq.block_table)] == seq.block_table
         self.slots.update(written)
+        if batch.prompt_logprob_rows is not None:
+            likely = torch.tensor([next_token(written[row][1]) for row in batch.prompt_logprob_rows])
+            _score_given(seqs, batch, batch.prompt_logprob_rows, torch.eye(16)[likely])
         rows = range(len(written)) if batch.logit_rows is None else batch.logit_rows
         samples = [next_token(written[row][1]) for row in rows]
         step = seqs, self.scheduler.advance(seqs), split_samples(samples, seqs, batch.num_sampled)
@@ -180,7 +200,7 @@ class Engine:
         assert not any(seq.draft_ids for seq in seqs[num_running:])
         assert sum(seq.num_scheduled_tokens for seq in seqs) <= max(scheduler.max_num_batched_tokens, num_decode)
         assert all(seq in seqs or (seq in unread and len(seq) + 1 == seq.max_len) for seq in scheduler.running)
-        assert all(len(seq) + (seq in unread) < seq.max_len for seq in seqs)
+        assert all(len(seq) + 1 < seq.max_len for seq in seqs if seq in unread)
 
     def check_invariants(self) -> None:
         manager, scheduler = self.manager, self.scheduler
@@ -212,7 +232,11 @@ class Engine:
                 assert len(seq) > self.capacity
             elif got[-1] == EOS:
                 assert seq.finish_reason == "stop"
-            if seq.keeps_blocks:
+            if seq.params.max_tokens == 0:
+                prompt = tuple(seq.token_ids[: seq.num_prompt_tokens])
+                likely = [next_token((*prompt, *got[:i])) == got[i] for i in range(len(got))]
+                assert [entry["rank"] == 1 for entry in seq.prompt_logprobs] == likely
+            if seq.seq_id in self.beams:
                 self.fork(seq)
         self.scheduler.finished = []
 
@@ -247,6 +271,16 @@ class History(RuleBasedStateMachine):
         longest = min(MAX_MODEL_LEN - 1, self.engine.capacity)
         prompt = data.draw(st.lists(st.integers(1, 2), min_size=1, max_size=longest))
         self.engine.add(prompt, max_tokens, copies, is_beam)
+
+    @rule(data=st.data())
+    def score(self, data):
+        """Completions that are likely for a few tokens, so that it matters what came before them."""
+        most = min(MAX_MODEL_LEN, self.engine.capacity) - 1
+        prompt = data.draw(st.lists(st.integers(1, 2), min_size=1, max_size=most))
+        lengths = st.lists(st.integers(1, min(9, most + 1 - len(prompt))), min_size=1, max_size=4)
+        others = [[next_token((*prompt, length))] for length in range(9)]
+        completions = [(complete(prompt, n) + others[n - 1] * n)[:n] for n in data.draw(lengths)]
+        self.engine.score(prompt, completions)
 
     @rule(times=st.integers(1, 12))
     def step(self, times):

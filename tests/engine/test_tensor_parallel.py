@@ -98,6 +98,12 @@ def test_logprobs_of_completions_and_prompts_equal_those_of_one_rank(llm, single
                     assert (a["token_id"], a["rank"]) == (b["token_id"], b["rank"])
                     assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-4)
                     assert [token for token, *_ in a["top"]] == [token for token, *_ in b["top"]]
+    completions = [random_prompts([1, 5, 140], seed=i) for i in range(3)]
+    for ours, theirs in zip(
+        *(engine.score(prompts, completions, use_tqdm=False) for engine in (llm, single)), strict=True
+    ):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.token_logprobs == pytest.approx(b.token_logprobs, abs=1e-4)
 
 
 @pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
