@@ -37,7 +37,7 @@ class Scheduler:
         self.sequences: dict[int, Sequence] = {}  # all that are not finished, by seq_id, in the order of arrival
         self.waiting: deque[Sequence] = deque()  # also some that have finished meanwhile: see `_head`
         self.running: list[Sequence] = []
-        self.held: dict[int, Sequence] = {}  # finished, but keeping their blocks for others to fork from
+        self.held: dict[int, Sequence] = {}  # finished, but keeping their blocks for others: see `keeps_blocks`
         self.finished: list[Sequence] = []  # since the owner last took them away
         self.num_preemptions = 0
         self.num_prompt_tokens = self.num_cached_tokens = 0  # of the sequences that were admitted

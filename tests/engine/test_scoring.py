@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from helpers import DEMO_MODEL, ROOT, random_prompts, save_model
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import scoring
 
 BLOCK = 16
 SETTINGS = {"device": "cpu", "dtype": "float32", "kvcache_block_size": BLOCK, "num_kvcache_blocks": 200}
@@ -172,6 +174,23 @@ def test_mistakes_are_named_before_anything_runs(llm, prompts, completions, erro
     with pytest.raises(error, match=message):
         llm.score(prompts, completions, use_tqdm=False)
     assert llm.stats()["prefill_tokens"] == before and llm.is_finished()
+
+
+def test_a_mistake_among_later_prompts_ends_what_runs_of_the_call(llm, checkpoint, monkeypatch):
+    monkeypatch.setattr(scoring, "SLICE", 2)
+    prompts, completions = choices()
+    check(checkpoint[1], prompts, completions, llm.score(prompts, completions, use_tqdm=False))
+    with pytest.raises(ValueError, match=r"completions\[6\]\[1\] is empty"):
+        llm.score(prompts, [*completions[:6], [[5], []]], use_tqdm=False)
+    assert llm.is_finished() and llm.stats()["blocks_used"] == 0 and not llm.scheduler.held
+
+
+def test_threads_score_together(llm, checkpoint):
+    calls = [choices(seed) for seed in range(10, 14)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda call: llm.score(*call, use_tqdm=False), calls))
+    for (prompts, completions), scores in zip(calls, results, strict=True):
+        check(checkpoint[1], prompts, completions, scores)
 
 
 def test_a_prompt_and_its_completion_may_fill_the_models_length(llm, checkpoint):
