@@ -14,6 +14,7 @@ from nanovllm.engine.sequence import Sequence, SequenceStatus
 if TYPE_CHECKING:
     from nanovllm.config import Config
 
+MOST_CERTAIN = 512  # tokens of a step that are not to be sampled, with those that are
 LONG_PROMPT = 8  # times `chunk_tokens`; shorter ones are computed whole beside what decodes
 
 
@@ -116,6 +117,8 @@ class Scheduler:
             self.sequences.pop(seq.seq_id, None)
         for seq in list(self.sequences.values()):
             seq.status, seq.finish_reason = SequenceStatus.WAITING, None
+            if seq.guide is not None:
+                seq.guide.restart()
             if not self._finish_if_complete(seq):  # a step may have ended between its last token and its end
                 self.waiting.append(seq)
 
@@ -160,22 +163,38 @@ class Scheduler:
         for seq in self.running:
             seq.num_scheduled_tokens = 1
         self.num_decode_tokens = len(self.running)
+        self._add_certain()
         if self.drafter is not None and (len(self.running) == self.max_num_seqs or not self._head()):
             self._add_drafts(self.drafter)
         return list(self.running)
 
+    def _add_certain(self) -> None:
+        """Has sequences with a grammar bring the next tokens of which it leaves no choice."""
+        most = min(MOST_CERTAIN, self.max_num_batched_tokens)
+        for seq in self.running:
+            if seq.guide is not None and not seq.params.logits_processors:
+                room = min(most - self.num_decode_tokens, seq.max_len - len(seq) - 1)
+                self._bring(seq, seq.guide.foresee((), max(room, 0)))
+
     def _add_drafts(self, drafter: Drafter) -> None:
-        """Has sequences bring guesses of their next tokens, where blocks are free."""
-        seqs = [seq for seq in self.running if not seq.params.logits_processors]  # which see each token once
-        for seq, draft_ids in drafter.draft(seqs, len(self.running)):
-            if self.block_manager.num_blocks_missing(seq, 1 + len(draft_ids)) <= self.block_manager.num_free_blocks:
-                self.block_manager.allocate(seq, 1 + len(draft_ids))
-                seq.draft_ids, seq.num_scheduled_tokens = draft_ids, 1 + len(draft_ids)
-                self.num_decode_tokens += len(draft_ids)
+        """Has sequences bring guesses of their next tokens."""
+        # Logits processors see each token once.
+        seqs = [seq for seq in self.running if not seq.params.logits_processors and not seq.draft_ids]
+        for seq, draft_ids in drafter.draft(seqs, self.num_decode_tokens):
+            self._bring(seq, seq.guide.foresee(draft_ids, len(draft_ids)) if seq.guide is not None else draft_ids)
+
+    def _bring(self, seq: Sequence, draft_ids: tuple[int, ...]) -> None:
+        """Adds drafts to a step, where blocks are free."""
+        is_free = self.block_manager.num_blocks_missing(seq, 1 + len(draft_ids)) <= self.block_manager.num_free_blocks
+        if draft_ids and is_free:
+            self.block_manager.allocate(seq, 1 + len(draft_ids))
+            seq.draft_ids, seq.num_scheduled_tokens = draft_ids, 1 + len(draft_ids)
+            self.num_decode_tokens += len(draft_ids)
 
     def _settle(self, seq: Sequence, token_ids: list[int]) -> list[int]:
         """The tokens that are kept of those that its drafts foresaw, up to an end. Gives back what the rest had."""
-        self.drafter.learn(seq, len(token_ids) - 1, len(seq.draft_ids))
+        if self.drafter is not None and (seq.guide is None or None in seq.guide.plan[: len(seq.draft_ids)]):
+            self.drafter.learn(seq, len(token_ids) - 1, len(seq.draft_ids))
         ends = (i + 1 for i, token_id in enumerate(token_ids) if token_id in seq.end_token_ids)
         kept = token_ids[: next(ends, None)]
         seq.num_scheduled_tokens, seq.draft_ids = len(kept), ()
@@ -333,10 +352,15 @@ class Scheduler:
 
     def _finish_if_complete(self, seq: Sequence) -> bool:
         """Ends `seq` if it has failed, or its newest token ends it."""
-        token_id = seq.token_ids[-1]
+        token_id, is_ended = seq.token_ids[-1], False
+        if seq.num_completion_tokens and seq.guide is None:
+            is_ended = token_id in seq.end_token_ids
+        elif seq.num_completion_tokens and seq.error is None:
+            seq.guide.follow()
+            is_ended = seq.guide.has_ended
         if seq.error is not None:
             self._finish(seq, "error")
-        elif seq.num_completion_tokens and token_id in seq.end_token_ids:
+        elif is_ended:
             self._finish(seq, "stop", token_id if token_id in seq.params.stop_token_ids else None)
         elif len(seq) >= seq.max_len:
             self._finish(seq, "length")
