@@ -54,7 +54,8 @@ def _schema_text(schema: object) -> str:
         schema = json.loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(schema)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"structured_outputs.json cannot be written as JSON: {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"structured_outputs.json is not JSON: {error}") from error
     if not isinstance(schema, dict | bool):
         given = reprlib.repr(schema)
         raise TypeError(f"structured_outputs.json must be a JSON schema or a pydantic model class, got {given}")

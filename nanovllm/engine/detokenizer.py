@@ -151,7 +151,7 @@ def _invalid_byte(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _visible(seq: Sequence, start: int, end: int) -> list[int]:
     """The completion's tokens `start` to `end`, without one that ended it unless `include_stop_str_in_output`."""
     token_ids = seq.token_ids[seq.num_prompt_tokens + start : seq.num_prompt_tokens + end].tolist()
-    is_stopped = seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
-    is_last = is_stopped and end == seq.num_completion_tokens
-    ends_with_stop_token = is_last and seq.token_ids[-1] in seq.end_token_ids | seq.eos_token_ids
+    is_stopped = seq.finish_reason == "stop" and end == seq.num_completion_tokens
+    is_eos = seq.stop_reason is None and seq.token_ids[-1] in seq.eos_token_ids  # else a structure is complete
+    ends_with_stop_token = is_stopped and (is_eos or isinstance(seq.stop_reason, int))
     return token_ids[:-1] if ends_with_stop_token and not seq.params.include_stop_str_in_output else token_ids

@@ -163,8 +163,8 @@ class Guide:
     """Where a sequence is in its grammar. What it knows follows from the completion's tokens alone.
 
     Where the grammar allows only one text the tokens are certain, those into which the tokenizer would cut it up, and
-    are not sampled. The end-of-sequence and stop tokens are allowed where the text is complete, and only there; when
-    nothing else is allowed the completion ends without one.
+    are not sampled. The end-of-sequence and stop tokens end it where the text is complete, and only there; when nothing
+    else is allowed it ends without one.
     """
 
     def __init__(self, grammar: Grammar, seq: Sequence):
@@ -175,6 +175,7 @@ class Guide:
         self._certain: list[int] = []  # tokens that come next
         self.plan: list[int | None] = []  # of the next token and those after drafts: which it must be, if any
         self.has_ended = False
+        self.ends_with_token = False  # which is no part of the text
 
     def restart(self) -> None:
         """What it has read may not be what the sequence has."""
@@ -184,25 +185,19 @@ class Guide:
         """Reads the sequence's new tokens. One that the grammar refuses is the sequence's error."""
         if self._matcher is None:
             self._matcher, self._num_read, self.has_ended = self.grammar.matcher(), 0, False
-            self._certain = self._look_ahead()
+            self._certain = self._matcher.compute_ff_tokens()
         seq, matcher = self._seq, self._matcher
         for token_id in seq.token_ids[seq.num_prompt_tokens + self._num_read :]:
             self._num_read += 1
-            is_end = token_id in self._ends
-            if not (matcher.is_accepting() if is_end else matcher.consume_token(token_id)):
-                reason = "the structure cannot be completed" if is_end else _first_line(matcher)
-                seq.error = ValueError(f"structured_outputs: {reason}")
+            self.ends_with_token = token_id in self._ends and matcher.is_accepting()
+            self.has_ended = self.ends_with_token or not matcher.consume_token(token_id) or matcher.is_stopped()
+            if self.has_ended and not matcher.is_accepting():
+                seq.error = _dead_end(matcher)
                 break
-            self.has_ended = is_end or matcher.is_stopped()
             self._certain = self._certain[1:] if self._certain[:1] == [token_id] else []
             if not self._certain and not self.has_ended:
-                self._certain = self._look_ahead()
+                self._certain = matcher.compute_ff_tokens()
         self.plan = self._certain[:1] or [None]
-
-    def _look_ahead(self) -> list[int]:
-        """The tokens that are certain in the matcher's state."""
-        tokens = self._matcher.compute_ff_tokens()
-        return tokens[: next((i for i, token_id in enumerate(tokens) if token_id in self._ends), None)]
 
     def foresee(self, guesses: tuple[int, ...], most: int) -> tuple[int, ...]:
         """At most so many next tokens, but the last: those that are certain, and guesses that the grammar allows.
@@ -212,7 +207,7 @@ class Guide:
         matcher, certain, guesses, drafts, num_tried = self._matcher, self._certain, list(guesses), [], 0
         self.plan = []
         while len(self.plan) == len(drafts):
-            certain = certain or self._look_ahead()
+            certain = certain or matcher.compute_ff_tokens()
             self.plan.append(certain[0] if certain else None)
             if certain:
                 guesses = guesses[1:] if guesses[:1] == certain[:1] else []
@@ -240,15 +235,16 @@ class Guide:
         seq = self._seq
         if seq.end_token_ids == seq.eos_token_ids:
             return
-        eos, own, all_ends = (_bits(ids, allowed) for ids in (seq.eos_token_ids, seq.end_token_ids, self._ends))
+        eos, ends = _bits(seq.eos_token_ids, allowed), _bits(seq.end_token_ids, allowed)
         can_end = (allowed & eos).any(1)
-        allowed &= ~all_ends
-        allowed[can_end] |= own
+        allowed &= ~eos
+        allowed[can_end] |= ends
         allowed[~allowed.any(1)] |= eos
 
 
-def _first_line(matcher: LLMatcher) -> str:
-    return matcher.get_error().strip().partition("\n")[0]
+def _dead_end(matcher: LLMatcher) -> ValueError:
+    reason = matcher.get_error().strip().partition("\n")[0]
+    return ValueError(f"the grammar of structured_outputs cannot be followed to an end: {reason}")
 
 
 def _bits(token_ids: frozenset[int], allowed: np.ndarray) -> np.ndarray:
@@ -307,20 +303,21 @@ class MaskMaker:
             certain |= {start + i: token_id for i, token_id in enumerate(plan) if token_id is not None}
             for n, i in enumerate(i for i, token_id in enumerate(plan) if token_id is None):
                 rounds[n].append((seq, i, start + i))
-        rows = [row for items in rounds.values() for *_, row in items]
-        masks = [self._fill(items) for items in rounds.values()]
-        return Masks(rows, np.concatenate(masks) if masks else None, certain)
+        rows = sorted(row for items in rounds.values() for *_, row in items)
+        allowed = np.zeros((len(rows), self._num_words), dtype=np.int32)
+        places = {row: place for place, row in enumerate(rows)}
+        for items in rounds.values():
+            self._fill(allowed, [(seq, num_drafts, places[row]) for seq, num_drafts, row in items])
+        return Masks(rows, allowed, certain)
 
-    def _fill(self, items: list[tuple[Sequence, int, int]]) -> np.ndarray:
-        """Masks of different sequences, each after so many of its drafts."""
+    def _fill(self, allowed: np.ndarray, items: list[tuple[Sequence, int, int]]) -> None:
+        """The masks of different sequences, each after so many of its drafts and at its place."""
         from llguidance.numpy import fill_next_token_bitmask_par
 
-        allowed = np.zeros((len(items), self._num_words), dtype=np.int32)
         with ExitStack() as stack:
-            matchers = [stack.enter_context(seq.guide.ahead(seq.draft_ids[:n])) for seq, n, _ in items]
-            fill_next_token_bitmask_par(self._executor, list(zip(matchers, range(len(items)), strict=True)), allowed)
-            for i, ((seq, *_), matcher) in enumerate(zip(items, matchers, strict=True)):
-                seq.guide.settle_ends(allowed[i : i + 1])
+            work = [(stack.enter_context(seq.guide.ahead(seq.draft_ids[:n])), place) for seq, n, place in items]
+            fill_next_token_bitmask_par(self._executor, work, allowed)
+            for (seq, *_), (matcher, place) in zip(items, work, strict=True):
+                seq.guide.settle_ends(allowed[place : place + 1])
                 if matcher.is_error():
-                    seq.error = ValueError(f"structured_outputs: {_first_line(matcher)}")
-        return allowed
+                    seq.error = _dead_end(matcher)

@@ -361,7 +361,8 @@ class Scheduler:
         if seq.error is not None:
             self._finish(seq, "error")
         elif is_ended:
-            self._finish(seq, "stop", token_id if token_id in seq.params.stop_token_ids else None)
+            is_stop_token = token_id in seq.params.stop_token_ids and (seq.guide is None or seq.guide.ends_with_token)
+            self._finish(seq, "stop", token_id if is_stop_token else None)
         elif len(seq) >= seq.max_len:
             self._finish(seq, "length")
         return seq.status is SequenceStatus.FINISHED
