@@ -39,7 +39,8 @@ SCHEMAS = {
     "optional": record(("nickname", "phone"), name=NAME, nickname=NAME, phone=string(pattern=r"^\+?[0-9]{7,15}$")),
     "nested": record(customer=record(name=NAME, address=ADDRESS), total=NUMBER, is_paid=FLAG),
     "invoice": record(
-        number=string(pattern="^INV-[0-9]{6}$"), date=string(format="date"), lines=several(record(sku=NAME, qty=INTEGER), 1)
+        number=string(pattern="^INV-[0-9]{6}$"), date=string(format="date"),
+        lines=several(record(sku=NAME, qty=INTEGER), 1),
     ),
     "null union": record(middle_name={"type": ["string", "null"], "maxLength": 9}, score={"type": ["number", "null"]}),
     "any of": record(value={"anyOf": [INTEGER, {"type": "string", "maxLength": 5}, {"type": "null"}]}),
