@@ -257,10 +257,8 @@ def _bits(token_ids: frozenset[int], allowed: np.ndarray) -> np.ndarray:
 class Masks(NamedTuple):
     """Of the R tokens to sample."""
 
-    rows: list[int]  # [M]
-    allowed: (
-        np.ndarray | None
-    )  # [M, ceil(V / 32)] int32: bit i % 32 of word i // 32 says whether token i may be sampled
+    rows: list[int]  # [M], ascending
+    allowed: np.ndarray  # [M, ceil(V / 32)] int32: bit i % 32 of word i // 32 says whether token i may be sampled
     certain: dict[int, int]  # row -> its token, whatever would be sampled
 
 

@@ -172,7 +172,8 @@ class Scheduler:
         """Has sequences with a grammar bring the next tokens of which it leaves no choice."""
         most = min(MOST_CERTAIN, self.max_num_batched_tokens)
         for seq in self.running:
-            if seq.guide is not None and not seq.params.logits_processors:
+            is_certain = seq.guide is not None and seq.guide.plan[0] is not None
+            if is_certain and not seq.params.logits_processors:
                 room = min(most - self.num_decode_tokens, seq.max_len - len(seq) - 1)
                 self._bring(seq, seq.guide.foresee((), max(room, 0)))
 
