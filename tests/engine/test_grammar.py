@@ -266,10 +266,8 @@ def test_the_readmes_example_extracts_records(llm):
     assert "records = [" in code
     names = {"llm": llm}
     exec(code, names)
-    schema = {"type": "array", "items": names["person"]}
-    assert all(is_valid(schema, output.text) for output in names["outputs"] if output.finish_reason == "stop")
-    assert all(isinstance(record, dict) for record in names["records"])
-    assert all(is_prefix(llm, names["params"].structured_outputs, output.token_ids) for output in names["outputs"])
+    assert all(is_valid(names["persons"], output.text) for output in names["outputs"])
+    assert len(names["records"]) >= 2 and all(is_valid(names["person"], json.dumps(r)) for r in names["records"])
 
 
 # ---- with other options
