@@ -96,7 +96,7 @@ CONFIG_DEFAULTS = {field.name: field.default for field in fields(Config)}
 MAX_TOKEN_ID = 10_000
 SUFFIX_LEN = 32  # of each prompt after the shared prefix
 FINISH_INTERVAL = 4  # decode steps between one sequence's end and the next one's
-ROUNDS = 5  # of what is measured in turns
+ROUNDS = 4  # of what is measured in turns
 MEASURING_SECONDS = 0.4  # for each of the machine's two rates
 
 Figures = dict[str, int | float | str]
@@ -481,7 +481,7 @@ def structured(args: argparse.Namespace, config: Config) -> Figures:
         return steps
 
     def step_seconds(forms: list[StructuredOutputs | None]) -> float:
-        return float(np.median([seconds for seconds, num_tokens in run(forms, 10, 0) if num_tokens == n]))
+        return float(np.median([seconds for seconds, num_tokens in run(forms, 40, 0) if num_tokens == n]))
 
     run(forms, 3, 0), run(long_keys, 30, 512)
     times = np.array([[step_seconds([None] * n), step_seconds(forms)] for _ in range(ROUNDS)])
