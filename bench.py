@@ -7,6 +7,7 @@
     python bench.py --save-checkpoint DIR            # writes the default model with random weights, for --model DIR
     python bench.py --shared-prefix-len 512          # what the prefix cache saves
     python bench.py --control-plane                  # what scheduling costs; needs no model
+    python bench.py --structured                     # what JSON schemas cost, and what is certain in them saves
     python bench.py --parts                          # the share of products, attention, sampling, Python on a CPU
     python bench.py --timeline steps.json            # also the phases of each step, for Perfetto; .svg: a picture
 
@@ -50,12 +51,14 @@ from time import perf_counter, time
 
 import numpy as np
 import psutil
+import tokenizers
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, StructuredOutputs
 from nanovllm.config import Config
+from nanovllm.engine import scheduler
 from nanovllm.engine.batch import BatchBuilder
 from nanovllm.engine.batch_codec import BatchCodec
 from nanovllm.engine.block_manager import BlockManager
@@ -94,6 +97,7 @@ CONFIG_DEFAULTS = {field.name: field.default for field in fields(Config)}
 MAX_TOKEN_ID = 10_000
 SUFFIX_LEN = 32  # of each prompt after the shared prefix
 FINISH_INTERVAL = 4  # decode steps between one sequence's end and the next one's
+ROUNDS = 4  # of what is measured in turns
 MEASURING_SECONDS = 0.4  # for each of the machine's two rates
 
 Figures = dict[str, int | float | str]
@@ -474,6 +478,56 @@ def shared_prefix(args: argparse.Namespace, config: Config) -> Figures:
     return figures | {"times_faster": figures["distinct_seconds"] / figures["shared_seconds"]}
 
 
+def structured(args: argparse.Namespace, config: Config) -> Figures:
+    """Seconds of a decode step, plain and with a schema for each sequence; and of JSON with long keys, with what is
+    certain in it computed together and token by token."""
+    llm, n = LLM(str(config.model_path), **engine_options(args)), args.num_seqs
+    prompts = [[i + 5] * args.min_input_len for i in range(n)]
+    forms = [StructuredOutputs(json={"type": "array", "items": person(f"_{i}"), "minItems": 10**6}) for i in range(n)]
+    long_keys = [StructuredOutputs(json=person("_of_the_customer_named_above")) for _ in range(n)]
+
+    def run(forms: list[StructuredOutputs | None], most: int, most_certain: int) -> list[tuple[float, int]]:
+        """Seconds and tokens of each step without a prompt."""
+        steps, scheduler.MOST_CERTAIN = [], most_certain
+        for prompt, form in zip(prompts, forms, strict=True):
+            options = {"structured_outputs": form, "ignore_eos": form is None, "seed": args.seed}
+            llm.add_request(prompt, SamplingParams(args.temperature, most, **options))
+        while not llm.is_finished():
+            start = perf_counter()
+            _, num_tokens = llm.step()
+            steps += [(perf_counter() - start, -num_tokens)] * (num_tokens < 0)
+        return steps
+
+    def step_seconds(forms: list[StructuredOutputs | None]) -> float:
+        return float(np.median([seconds for seconds, num_tokens in run(forms, 40, 0) if num_tokens == n]))
+
+    run(forms, 3, 0), run(long_keys, 30, 512)
+    times = np.array([[step_seconds([None] * n), step_seconds(forms)] for _ in range(ROUNDS)])
+    figures: Figures = {"num_seqs": n, "vocab_size": config.hf_config.vocab_size, "dtype": dtype_name(config)}
+    figures |= {"plain_ms": 1e3 * np.median(times[:, 0]), "structured_ms": 1e3 * np.median(times[:, 1])}
+    figures["structured_ratio"] = float(np.median(times[:, 1] / times[:, 0]))
+    runs = [[run(long_keys, 200, most) for most in (0, 512)] for _ in range(2)]
+    for name, steps in zip(("single", "together"), runs[-1], strict=True):
+        figures |= {f"{name}_steps": len(steps), f"{name}_tokens": sum(num_tokens for _, num_tokens in steps)}
+    seconds = np.array([[sum(s for s, _ in steps) for steps in both] for both in runs])
+    figures |= {"single_seconds": np.median(seconds[:, 0]), "together_seconds": np.median(seconds[:, 1])}
+    return figures | {"times_faster": float(np.median(seconds[:, 0] / seconds[:, 1]))}
+
+
+def person(suffix: str) -> dict[str, object]:
+    """The JSON schema of an object with eight properties."""
+    city, day = {"enum": ["Paris", "London", "Berlin"]}, {"type": "string", "format": "date"}
+    properties = {
+        "first_name": {"type": "string", "maxLength": 12}, "last_name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150}, "city": city, "birthday": day,
+        "is_active": {"type": "boolean"}, "orders": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+        "email": {"type": ["string", "null"], "pattern": "^[a-z]{1,8}@[a-z]{1,8}[.]org$"},
+    }  # fmt: skip
+    properties = {f"{name}{suffix}": schema for name, schema in properties.items()}
+    closed = {"required": list(properties), "additionalProperties": False}
+    return {"type": "object", "properties": properties, **closed}
+
+
 def control_plane(args: argparse.Namespace) -> Figures:
     """Of a decode step, while no sequence finishes and while one often does: microseconds of its bookkeeping, and
     bytes that each further tensor-parallel rank is sent."""
@@ -567,6 +621,14 @@ SHARED_PREFIX_REPORT = [
     ("prefix shared", "{shared_seconds:11,.3f} s  ({shared_tokens_computed} tokens computed)"),
     ("", "{times_faster:11,.2f} times faster"),
 ]
+STRUCTURED_REPORT = [
+    ("sequences", "{num_seqs}, {dtype}, vocabulary of {vocab_size}"),
+    ("plain step", "{plain_ms:11,.1f} ms"),
+    ("schema each", "{structured_ms:11,.1f} ms  ({structured_ratio:.3f} of the plain step)"),
+    ("long keys", "{single_seconds:11,.2f} s  ({single_tokens} tokens in {single_steps} steps)"),
+    ("certain at once", "{together_seconds:11,.2f} s  ({together_tokens} tokens in {together_steps} steps)"),
+    ("", "{times_faster:11,.2f} times faster"),
+]
 CONTROL_PLANE_REPORT = [
     ("load", "{num_seqs} sequences, {num_steps} decode steps, blocks of {kvcache_block_size}"),
     ("us per step", "    none finishes    one in {finish_interval} steps"),
@@ -605,6 +667,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeline", type=Path, metavar="FILE", help=text)
     group = parser.add_argument_group("what to measure instead of throughput").add_mutually_exclusive_group()
     group.add_argument("--shared-prefix-len", type=positive, metavar="N", help="prefill with N common tokens")
+    group.add_argument("--structured", action="store_true", help="JSON schemas, with a tokenizer that it learns")
     group.add_argument("--parts", action="store_true", help="the share of time by part, on a CPU")
     group.add_argument("--control-plane", action="store_true", help="scheduling alone, of classic's prompts")
     group.add_argument("--save-checkpoint", metavar="DIR", help="nothing: write the default model, random weights")
@@ -656,7 +719,9 @@ def complete(args: argparse.Namespace) -> None:
         raise ValueError(f"--engine-args are for {' and '.join(PACKAGES)}, not for {args.engine}")
     if args.timeline and args.timeline.suffix not in (".json", ".svg"):
         raise ValueError(f"--timeline {args.timeline} must end in .json or .svg")
-    if args.timeline and (args.engine != "nanovllm" or args.parts or args.control_plane or args.shared_prefix_len):
+    if args.timeline and (
+        args.engine != "nanovllm" or args.structured or args.parts or args.control_plane or args.shared_prefix_len
+    ):
         raise ValueError("--timeline is for the throughput of nanovllm")
     if args.load_format == "auto" and not args.model:
         raise ValueError("--load-format auto needs --model")
@@ -703,6 +768,21 @@ def model_directory(model: str | None) -> Iterator[str]:
         yield path
 
 
+def save_tokenizer(path: Path, vocab_size: int) -> None:
+    """Writes one of byte pairs with as many tokens as a model has, learned from Python's standard library."""
+    sources = sorted(Path(json.__file__).parent.parent.rglob("*.py"))
+    texts = (file.read_text(encoding="utf-8", errors="ignore") for file in sources if "site-packages" not in str(file))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    options = {"vocab_size": vocab_size - 512, "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(**options))
+    tokenizer.add_special_tokens([f"<|{i}|>" for i in range(vocab_size - tokenizer.get_vocab_size())])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
 def save_checkpoint(path: Path, seed: int) -> None:
     """Writes random weights in the shape of Qwen3-0.6B, and the demo model's tokenizer (whose vocabulary is smaller)
     for engines that insist on one."""
@@ -723,6 +803,8 @@ def main(argv: list[str] | None = None) -> None:
     with model_directory(args.model) as model:
         try:
             complete(args)
+            if args.structured and not args.model:
+                save_tokenizer(Path(model), QWEN3_0_6B["vocab_size"])
             config = None if args.control_plane else make_config(args, model)
         except (TypeError, ValueError) as error:
             parser.error(str(error))
@@ -730,6 +812,8 @@ def main(argv: list[str] | None = None) -> None:
             figures, report = control_plane(args), CONTROL_PLANE_REPORT
         elif args.shared_prefix_len:
             figures, report = shared_prefix(args, config), SHARED_PREFIX_REPORT
+        elif args.structured:
+            figures, report = structured(args, config), STRUCTURED_REPORT
         elif args.parts:
             figures, report = parts(args, config), PARTS_REPORT
         else:

@@ -157,7 +157,8 @@ def _value(text: str) -> object:
         value = None if text.lower() == "none" else json.loads(text)
     except ValueError:
         return text
-    return {int(key): each for key, each in value.items()} if isinstance(value, dict) else value
+    is_by_id = isinstance(value, dict) and all(re.fullmatch(r"-?\d+", key) for key in value)
+    return {int(key): each for key, each in value.items()} if is_by_id else value
 
 
 def _token_ids(text: str) -> list[int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING
 
+from nanovllm.structured_outputs import StructuredOutputs
 from nanovllm.utils.checks import check_bool, check_float, check_int
 
 if TYPE_CHECKING:
@@ -18,9 +19,10 @@ LogitsProcessor = Callable[[list[int], "torch.Tensor"], "torch.Tensor"]
 class SamplingParams:
     """How to sample the completions of one prompt.
 
-    The logits are changed in this order: `allowed_token_ids`, `bad_words`, `min_tokens`, `logit_bias`,
-    `logits_processors`, the three penalties, `temperature`, `min_p`, `top_k`, `top_p`. Every filter sees the
-    distribution that the one before has left, renormalised.
+    The logits are changed in this order: `structured_outputs`, `allowed_token_ids`, `bad_words`, `min_tokens`,
+    `logit_bias`, `logits_processors`, the three penalties, `temperature`, `min_p`, `top_k`, `top_p`. Every filter sees
+    the distribution that the one before has left, renormalised. Where the others forbid all that a structure allows,
+    the structure alone counts.
 
     TypeError or ValueError if a value is not of its type, is out of its range, or contradicts another.
     """
@@ -52,6 +54,8 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None  # sample only these tokens
     skip_special_tokens: bool = True  # leave them out of `text`; `token_ids` always keep everything
     logits_processors: Sequence[LogitsProcessor] | None = None  # the slow path
+    # The form of the completion, also as a dict of the fields of `StructuredOutputs`; see there.
+    structured_outputs: StructuredOutputs | dict | None = None
 
     def __post_init__(self) -> None:
         check_float("temperature", self.temperature, 0, 1e6)
@@ -70,6 +74,10 @@ class SamplingParams:
         if self.truncate_prompt_tokens is not None:
             check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, -1)
         self._freeze_collections()
+        if isinstance(self.structured_outputs, dict):
+            object.__setattr__(self, "structured_outputs", StructuredOutputs(**self.structured_outputs))
+        if not isinstance(self.structured_outputs, StructuredOutputs | None):
+            raise TypeError(f"structured_outputs must be a StructuredOutputs, got {self.structured_outputs!r}")
         if self.max_tokens == 0 and self.prompt_logprobs is None:
             raise ValueError("max_tokens must be at least 1, or 0 with prompt_logprobs to score a prompt, got 0")
         if self.truncate_prompt_tokens == 0:

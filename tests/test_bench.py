@@ -191,6 +191,15 @@ def test_shared_prefix_is_computed_once(tiny_model, capsys):
     assert figures["times_faster"] > 0
 
 
+def test_structured_completions_take_fewer_steps_where_tokens_are_certain(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench.scheduler, "MOST_CERTAIN", None)  # as it was, afterwards
+    model = ["--model", str(DEMO_MODEL), "--device", "cpu", "--num-seqs", "2", "--min-input-len", "4"]
+    figures = figures_of(capsys, "--structured", *model)
+    assert figures["together_steps"] < 0.7 * figures["single_steps"]
+    assert figures["plain_ms"] > 0 and figures["structured_ratio"] > 0
+
+
 def test_control_plane_needs_no_model(capsys):
     argv = ["--control-plane", "--num-seqs", "6", "--num-steps", "30", "--kvcache-block-size", "16", "--device", "cpu"]
     figures = figures_of(capsys, *argv)

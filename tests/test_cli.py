@@ -66,6 +66,8 @@ def test_values_are_read_by_their_fields_types():
     assert (engine, sampling) == ({"eos": [3, 4], "quantization": None, "dtype": "float32", "enforce_eager": True}, {})
     _, sampling = parsed("--stop", "5", "--stop", "none", "--logit-bias", '{"7": -1}', "--no-skip-special-tokens")
     assert sampling == {"stop": ["5", "none"], "logit_bias": {7: -1}, "skip_special_tokens": False}
+    _, sampling = parsed("--structured-outputs", '{"json": {"type": "string"}}')
+    assert sampling == {"structured_outputs": {"json": {"type": "string"}}}
     assert parsed("--max-tokens", "none", "--top-p", "0.5", "--allowed-token-ids=1")[1] == {
         "max_tokens": None, "top_p": 0.5, "allowed_token_ids": [1],
     }  # fmt: skip

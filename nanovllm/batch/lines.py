@@ -198,6 +198,10 @@ def _sampling(body: dict[str, object]) -> dict[str, object]:
     if "logit_bias" in params:
         require(isinstance(params["logit_bias"], dict), "logit_bias must be an object of token id: number")
         params["logit_bias"] = {int(token_id): value for token_id, value in params["logit_bias"].items()}
+    if (form := _form(body.get("response_format"))) is not None:
+        require("structured_outputs" not in params, "response_format and structured_outputs exclude each other")
+        params["structured_outputs"] = form
+        del body["response_format"]
     best_of, n = body.pop("best_of", None), params.get("n", 1)
     require(best_of in (None, n), f"best_of must be n, which is {n}, got {best_of!r}")
     for name, value in body.items():
@@ -206,6 +210,19 @@ def _sampling(body: dict[str, object]) -> dict[str, object]:
             advice = f"; the nearest field is {nearest!r}" if nearest else ""
             raise ValueError(f"the field {name!r} is not supported with the value {reprlib.repr(value)}{advice}")
     return params
+
+
+def _form(response_format: object) -> dict[str, object] | None:
+    """What a `response_format` is among `structured_outputs`, if anything."""
+    kind = response_format.get("type") if isinstance(response_format, dict) else None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind != "json_schema":
+        return None
+    given = response_format.get("json_schema")
+    is_schema = isinstance(given, dict) and isinstance(given.get("schema"), dict)
+    require(is_schema, "response_format.json_schema must be an object with a schema")
+    return {"json": given["schema"]}
 
 
 def _prompt(prompt: object) -> str | list[int]:

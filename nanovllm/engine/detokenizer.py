@@ -118,11 +118,12 @@ class TextStream:
         # The end of a match is new: what came before was searched, or is exempt by `min_tokens`.
         starts = [(text.find(stop, max(0, num_old - len(stop) + 1)), stop) for stop in params.stop]
         found = [(start + len(stop), stop) for start, stop in starts if start >= 0]
-        if found:
-            end, self.stop = min(found)
-            num_cut = 0 if params.include_stop_str_in_output else len(self.stop)
-            whole = self.text + new
-            self.text = whole[: len(self.text) - num_old + end - num_cut]
+        for end, stop in sorted(found):
+            num_cut = 0 if params.include_stop_str_in_output else len(stop)
+            whole = (self.text + new)[: len(self.text) - num_old + end - num_cut]
+            if self._seq.guide is None or self._seq.guide.grammar.accepts(whole):
+                self.text, self.stop = whole, stop
+                break
 
     def _is_certain(self, token_ids: list[int], text: str) -> bool:
         if text.endswith(REPLACEMENT):
@@ -150,6 +151,7 @@ def _invalid_byte(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _visible(seq: Sequence, start: int, end: int) -> list[int]:
     """The completion's tokens `start` to `end`, without one that ended it unless `include_stop_str_in_output`."""
     token_ids = seq.token_ids[seq.num_prompt_tokens + start : seq.num_prompt_tokens + end].tolist()
-    is_stopped = seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
-    ends_with_stop_token = is_stopped and end == seq.num_completion_tokens
+    is_stopped = seq.finish_reason == "stop" and end == seq.num_completion_tokens
+    is_eos = seq.stop_reason is None and seq.token_ids[-1] in seq.eos_token_ids  # else a structure is complete
+    ends_with_stop_token = is_stopped and (is_eos or isinstance(seq.stop_reason, int))
     return token_ids[:-1] if ends_with_stop_token and not seq.params.include_stop_str_in_output else token_ids

@@ -134,6 +134,7 @@ class EngineLoop(CallLoop):
         ended, self.scheduler.finished = self.scheduler.finished, []
         for seq in ended:
             watcher = seq.watcher
+            seq.guide = None
             if not seq.keeps_blocks:
                 seq.watcher = None  # else they keep each other until the garbage collector comes
             watcher.on_end(seq)

@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm.config import Config
+from nanovllm.engine.grammar import Grammars
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | SequenceOf[int] | dict[str, object]  # a dict has one of the others as "prompt" or "prompt_token_ids"
@@ -55,9 +56,13 @@ def _content(prompt: dict[str, object], name: str) -> str | SequenceOf[int]:
 
 
 def as_params(
-    params: Params, num_prompts: int, config: Config, tokenizer: PreTrainedTokenizerBase | None
-) -> list[SamplingParams]:
-    """Checked parameters for each prompt, or the errors of `LLM.generate`. What is there many times is checked once."""
+    params: Params, num_prompts: int, config: Config, tokenizer: PreTrainedTokenizerBase | None, grammars: Grammars,
+    start: int = 0
+) -> list[SamplingParams]:  # fmt: skip
+    """Checked parameters for each prompt, or the errors of `LLM.generate`, which call the first `prompts[start]`.
+
+    What is there many times is checked once.
+    """
     if params is None or isinstance(params, SamplingParams):
         params = [params or SamplingParams()] * num_prompts
     if not isinstance(params, SequenceOf) or not all(isinstance(p, SamplingParams) for p in params):
@@ -66,10 +71,12 @@ def as_params(
         given = f"{len(params)} entries for {num_prompts} prompts"
         raise ValueError(f"sampling_params has {given}; give one for all or one for each")
     checked = set()
-    for i, p in enumerate(params):
+    for i, p in enumerate(params, start):
         if id(p) not in checked:
             checked.add(id(p))
             _check_params(p, f"sampling_params[{i}]", config, tokenizer)
+            if p.structured_outputs is not None:
+                grammars.check(p.structured_outputs, f"prompts[{i}]")
     return list(params)
 
 

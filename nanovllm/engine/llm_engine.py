@@ -18,6 +18,7 @@ from nanovllm.engine import inputs
 from nanovllm.engine.call_loop import CallLoop, News
 from nanovllm.engine.detokenizer import TextStream
 from nanovllm.engine.engine_loop import EngineLoop
+from nanovllm.engine.grammar import Grammars
 from nanovllm.engine.inputs import Params, Prompt, Prompts
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.parallel_runner import ParallelRunner
@@ -51,6 +52,7 @@ class LLMEngine:
         self.tokenizer = inputs.load_tokenizer(config)
         if config.eos is None and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             config.eos_token_ids |= {self.tokenizer.eos_token_id}
+        self.grammars = Grammars(config, self.tokenizer)
         if config.data_parallel_size > 1:
             self._loop: CallLoop = ReplicaLoop(config)
         else:
@@ -89,7 +91,7 @@ class LLMEngine:
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queues one prompt, text or token ids; errors are those of `generate`. Returns the request's id."""
         self._check_single("add_request")
-        [params] = inputs.as_params(sampling_params, 1, self.config, self.tokenizer)
+        [params] = inputs.as_params(sampling_params, 1, self.config, self.tokenizer, self.grammars)
         [prompt] = inputs.as_list([prompt])
         [request] = self._requests([prompt], [params], self._encode([prompt], [params]), self._ended)
         request_id = request.seqs[0].seq_id
@@ -169,7 +171,7 @@ class LLMEngine:
         """
         self._check_open()
         prompts = inputs.as_list(prompts)
-        params = inputs.as_params(sampling_params, len(prompts), self.config, self.tokenizer)
+        params = inputs.as_params(sampling_params, len(prompts), self.config, self.tokenizer, self.grammars)
         outputs: list[RequestOutput | None] = [None] * len(prompts)
         failed: list[Request] = []
         num_unfinished, news = len(prompts), News()
@@ -211,7 +213,7 @@ class LLMEngine:
         """
         self._check_open()
         prompts = inputs.as_list(prompts)
-        params = inputs.as_params(sampling_params, len(prompts), self.config, self.tokenizer)
+        params = inputs.as_params(sampling_params, len(prompts), self.config, self.tokenizer, self.grammars)
         parts = [slice(i, i + inputs.SLICE) for i in range(0, len(prompts), inputs.SLICE)]
         encoded = [ids for part in parts for ids in self._encode(prompts[part], params[part], part.start)]
         return self._stream(prompts, params, encoded, raise_on_error)
@@ -251,6 +253,7 @@ class LLMEngine:
                 limits = config.eos_token_ids, config.max_model_len
                 own = inputs.sibling_params(p) if i else p
                 seq = Sequence(first_id + i, token_ids, own, *limits, key, source, bad_words_ids)
+                seq.guide = self.grammars.guide(seq)
                 if p.stop or (is_streamed and self.tokenizer is not None):
                     seq.text = TextStream(self.tokenizer, seq)
                 request.watch(seq)

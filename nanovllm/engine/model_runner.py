@@ -17,6 +17,7 @@ from torch import Tensor
 from nanovllm.config import Config
 from nanovllm.engine.batch import Batch, BatchBuilder
 from nanovllm.engine.cuda_graphs import DecodeGraphs, RecordedSteps, graph_sizes, take_samples
+from nanovllm.engine.grammar import MaskMaker
 from nanovllm.engine.sampling import sample_with_options, split_samples
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers import cpu_kernels
@@ -76,6 +77,7 @@ class ModelRunner:
     failure: str | None = None  # why no further step can run
     last_tokens: Tensor | None = None  # [R] that the last step has sampled, on the device
     graphs: DecodeGraphs | RecordedSteps | None = None
+    mask_maker: MaskMaker | None = None
 
     def __init__(self, config: Config, tp: TensorParallel | None = None):
         self.config = config
@@ -93,6 +95,7 @@ class ModelRunner:
         self.block_size = config.kvcache_block_size = wanted or backend.block_size
         max_blocks = -(-config.max_model_len // self.block_size)
         self.batch_builder = BatchBuilder(self.block_size, max_blocks)
+        self.mask_maker = MaskMaker(config.hf_config.vocab_size, self.num_threads)
         sizes = graph_sizes(config.max_decode_tokens) if self._can_capture(backend) else []
         cache_bytes = self._allocate_kv_cache(backend, max_blocks, len(sizes) * GRAPH_BYTES)
         times.append(perf_counter())
@@ -126,13 +129,17 @@ class ModelRunner:
         the step before has sampled may still be `unread`, and are then taken where they are.
         """
         batch = self.batch_builder.build(seqs, unread)
+        masks = self.mask_maker.start(seqs, batch.num_sampled) if batch.has_options else None
         mark("build batch")
-        logits = self.forward(batch, partial(_score_given, seqs, batch))
+        try:
+            logits = self.forward(batch, partial(_score_given, seqs, batch))
+        finally:
+            masks = masks and masks.result()
         mark("forward")
         if logits is None:
             return Samples(seqs, [[] for _ in seqs])
         if batch.has_options:
-            samples = sample_with_options(logits, *upload(batch.random, self.device), seqs, batch.num_sampled)
+            samples = sample_with_options(logits, *upload(batch.random, self.device), seqs, batch.num_sampled, masks)
             mark("sample")
             return Samples(seqs, samples)
         tokens = logits if logits.dim() == 1 else sample(logits, *upload(batch.random, self.device))
@@ -179,6 +186,8 @@ class ModelRunner:
     def close(self) -> None:
         """Gives memory back, and ends what runs beside this process: with one rank, nothing. Idempotent."""
         self.model, self.attentions, self.graphs = None, [], None
+        if self.mask_maker is not None:
+            self.mask_maker.close()
         torch.cuda.empty_cache()
 
     def _check_ranks(self) -> None:

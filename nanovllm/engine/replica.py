@@ -25,6 +25,7 @@ from nanovllm.engine import inputs
 from nanovllm.engine.call_loop import News
 from nanovllm.engine.detokenizer import TextStream
 from nanovllm.engine.engine_loop import EngineLoop
+from nanovllm.engine.grammar import Grammars
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.parallel_runner import ParallelRunner
 from nanovllm.engine.scheduler import Scheduler
@@ -233,12 +234,17 @@ class Replica:
     def _tokenizer(self) -> object:
         return inputs.load_tokenizer(self._config)
 
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self._config, self._tokenizer)
+
     def _sequences(self, work: Work) -> list[Sequence]:
         seqs: list[Sequence] = []
         for seq_id, rng_key, token_ids in work.completions:
             limits, source = (self._config.eos_token_ids, self._config.max_model_len), seqs[0] if seqs else None
             params = inputs.sibling_params(work.params) if seqs else work.params
             seq = Sequence(seq_id, work.prompt, params, *limits, rng_key, source, work.bad_words_ids)
+            seq.guide = self._grammars.guide(seq)
             seq.text = TextStream(self._tokenizer, seq) if work.has_text else None
             for token_id in token_ids:  # read one by one, as they were when they came
                 seq.token_ids.append(token_id)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.engine.grammar import Masks
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.logits_processor import edit_logits, filter_logits, token_logprobs
+from nanovllm.layers.logits_processor import apply_masks, edit_logits, filter_logits, token_logprobs
 from nanovllm.layers.sampler import sample
 from nanovllm.sampling_params import SamplingParams
 
@@ -40,7 +41,7 @@ def _foreseen(draft_ids: tuple[int, ...], token_ids: list[int]) -> list[int]:
 
 def sample_with_options(
     logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, seqs: list[Sequence],
-    num_sampled: np.ndarray | None = None
+    num_sampled: np.ndarray | None = None, masks: Masks | None = None
 ) -> list[list[int]]:  # fmt: skip
     """Samples as `sample` does, after the penalties, masks and filters of the sequences that have some.
 
@@ -50,13 +51,21 @@ def sample_with_options(
     """
     counts = [1] * len(seqs) if num_sampled is None else num_sampled.tolist()
     owners = [(seq, i) for seq, count in zip(seqs, counts, strict=True) for i in range(count)]  # [R], after i drafts
-    token_ids = sample(logits, temperatures, uniforms)
-    rows = [row for row, (seq, _) in enumerate(owners) if seq.has_options]
+    certain, unchanged = masks.certain if masks else {}, logits
+    if masks and masks.rows:
+        unchanged = logits.clone() if any(seq.params.logprobs is not None for seq in seqs) else None
+        apply_masks(logits, masks.allowed, masks.rows)
+    tokens = sample(logits, temperatures, uniforms)
+    rows = [row for row, (seq, _) in enumerate(owners) if seq.has_options and row not in certain]
+    rows = [row for row in rows if owners[row][0].params.edits_logits or owners[row][0].params.filters]
     if rows:
         random = (None, None) if temperatures is None else (temperatures[rows], uniforms[rows])
-        token_ids[rows] = _sample_edited(logits[rows].to(torch.float32), *random, [owners[row] for row in rows])
-    sampled = split_samples(token_ids.tolist(), seqs, num_sampled)
-    _add_logprobs(logits, seqs, np.cumsum([0, *counts[:-1]]).tolist(), sampled)
+        tokens[rows] = _sample_edited(logits[rows].to(torch.float32), *random, [owners[row] for row in rows])
+    token_ids = tokens.tolist()
+    for row, token_id in certain.items():
+        token_ids[row] = token_id
+    sampled = split_samples(token_ids, seqs, num_sampled)
+    _add_logprobs(unchanged, seqs, np.cumsum([0, *counts[:-1]]).tolist(), sampled)
     return sampled
 
 
@@ -97,6 +106,8 @@ def _edit(row: Tensor, seq: Sequence, num_drafts: int) -> Tensor:
     token_ids = np.array([*seq.token_ids, *seq.draft_ids[:num_drafts]])
     prompt_ids, output_ids = np.split(token_ids, [seq.num_prompt_tokens])
     edited = edit_logits(row.clone(), seq.params, prompt_ids, output_ids, seq.end_token_ids, seq.bad_words_ids)
+    if seq.guide is not None and seq.params.logits_processors:  # which may have allowed what the grammar does not
+        edited = edited.masked_fill(row == -torch.inf, -torch.inf)
     if edited.max() == -torch.inf:
         warnings.warn("the sampling parameters forbid every token; this token ignores them", stacklevel=2)
         return row

@@ -14,6 +14,7 @@ from nanovllm.engine.sequence import Sequence, SequenceStatus
 if TYPE_CHECKING:
     from nanovllm.config import Config
 
+MOST_CERTAIN = 512  # tokens of a step that are not to be sampled, with those that are
 LONG_PROMPT = 8  # times `chunk_tokens`; shorter ones are computed whole beside what decodes
 
 
@@ -139,6 +140,8 @@ class Scheduler:
             self.sequences.pop(seq.seq_id, None)
         for seq in list(self.sequences.values()):
             seq.status, seq.finish_reason = SequenceStatus.WAITING, None
+            if seq.guide is not None:
+                seq.guide.restart()
             # A step may have ended between its last token and its end.
             if seq.unscored or not self._finish_if_complete(seq):
                 self.waiting.append(seq)
@@ -189,22 +192,39 @@ class Scheduler:
         for seq in seqs:
             seq.num_scheduled_tokens = 1
         self.num_decode_tokens = len(seqs)
+        self._add_certain(seqs)
         if self.drafter is not None and (len(self.running) == self.max_num_seqs or not self._head()):
             self._add_drafts(self.drafter)
         return seqs
 
+    def _add_certain(self, seqs: list[Sequence]) -> None:
+        """Has sequences with a grammar bring the next tokens of which it leaves no choice."""
+        most = min(MOST_CERTAIN, self.max_num_batched_tokens)
+        for seq in seqs:
+            is_certain = seq.guide is not None and seq.guide.plan[0] is not None
+            if is_certain and not seq.params.logits_processors:
+                room = min(most - self.num_decode_tokens, seq.max_len - len(seq) - 1)
+                self._bring(seq, seq.guide.foresee((), max(room, 0)))
+
     def _add_drafts(self, drafter: Drafter) -> None:
-        """Has sequences bring guesses of their next tokens, where blocks are free."""
-        seqs = [seq for seq in self.running if not seq.params.logits_processors]  # which see each token once
-        for seq, draft_ids in drafter.draft(seqs, len(self.running)):
-            if self.block_manager.num_blocks_missing(seq, 1 + len(draft_ids)) <= self.block_manager.num_free_blocks:
-                self.block_manager.allocate(seq, 1 + len(draft_ids))
-                seq.draft_ids, seq.num_scheduled_tokens = draft_ids, 1 + len(draft_ids)
-                self.num_decode_tokens += len(draft_ids)
+        """Has sequences bring guesses of their next tokens."""
+        # Logits processors see each token once.
+        seqs = [seq for seq in self.running if not seq.params.logits_processors and not seq.draft_ids]
+        for seq, draft_ids in drafter.draft(seqs, self.num_decode_tokens):
+            self._bring(seq, seq.guide.foresee(draft_ids, len(draft_ids)) if seq.guide is not None else draft_ids)
+
+    def _bring(self, seq: Sequence, draft_ids: tuple[int, ...]) -> None:
+        """Adds drafts to a step, where blocks are free."""
+        is_free = self.block_manager.num_blocks_missing(seq, 1 + len(draft_ids)) <= self.block_manager.num_free_blocks
+        if draft_ids and is_free:
+            self.block_manager.allocate(seq, 1 + len(draft_ids))
+            seq.draft_ids, seq.num_scheduled_tokens = draft_ids, 1 + len(draft_ids)
+            self.num_decode_tokens += len(draft_ids)
 
     def _settle(self, seq: Sequence, token_ids: list[int]) -> list[int]:
         """The tokens that are kept of those that its drafts foresaw, up to an end. Gives back what the rest had."""
-        self.drafter.learn(seq, len(token_ids) - 1, len(seq.draft_ids))
+        if self.drafter is not None and (seq.guide is None or None in seq.guide.plan[: len(seq.draft_ids)]):
+            self.drafter.learn(seq, len(token_ids) - 1, len(seq.draft_ids))
         ends = (i + 1 for i, token_id in enumerate(token_ids) if token_id in seq.end_token_ids)
         kept = token_ids[: next(ends, None)]
         seq.num_computed_tokens += len(kept) - seq.num_scheduled_tokens
@@ -371,11 +391,16 @@ class Scheduler:
 
     def _finish_if_complete(self, seq: Sequence) -> bool:
         """Ends `seq` if it has failed, or its newest token ends it."""
-        token_id, num_tokens = seq.token_ids[-1], len(seq.token_ids)
+        token_id, num_tokens, guide = seq.token_ids[-1], len(seq.token_ids), seq.guide
+        is_ended = token_id in seq.end_token_ids and num_tokens > seq.num_prompt_tokens
+        if guide is not None and num_tokens > seq.num_prompt_tokens and seq.error is None:
+            guide.follow()
+            is_ended = guide.has_ended
         if seq.error is not None:
             self._finish(seq, "error")
-        elif token_id in seq.end_token_ids and num_tokens > seq.num_prompt_tokens:
-            self._finish(seq, "stop", token_id if token_id in seq.params.stop_token_ids else None)
+        elif is_ended:
+            is_stop_token = token_id in seq.params.stop_token_ids and (guide is None or guide.ends_with_token)
+            self._finish(seq, "stop", token_id if is_stop_token else None)
         elif num_tokens >= seq.max_len:
             self._finish(seq, "length")
         else:

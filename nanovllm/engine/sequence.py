@@ -11,6 +11,7 @@ from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.engine.detokenizer import TextStream
+    from nanovllm.engine.grammar import Guide
 
 
 class SequenceStatus(Enum):
@@ -55,6 +56,7 @@ class Sequence:
     stop_reason: int | str | None = None
     error: Exception | None = None  # what this sequence alone failed of
     text: TextStream | None = None  # where the text must be known as it grows
+    guide: Guide | None = None  # where it must have a structure
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[int] = field(default_factory=list)  # of its full blocks, as far as they were needed
     num_computed_tokens: int = 0
@@ -81,7 +83,8 @@ class Sequence:
         self.end_token_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             self.end_token_ids |= self.eos_token_ids
-        self.has_options = params.edits_logits or params.filters or params.logprobs is not None
+        is_plain = params.structured_outputs is None and params.logprobs is None
+        self.has_options = params.edits_logits or params.filters or not is_plain
 
     def __len__(self) -> int:
         return len(self.token_ids)

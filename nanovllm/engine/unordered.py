@@ -74,7 +74,7 @@ def generate_unordered(
     """See `LLM.generate_unordered`."""
     if isinstance(prompts, str | dict) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts must be an iterable of prompts, got {reprlib.repr(prompts)}; pass [prompt] for one")
-    [params] = as_params(params, 1, engine.config, engine.tokenizer)
+    [params] = as_params(params, 1, engine.config, engine.tokenizer, engine.grammars)
     return _generate(engine, prompts, params)
 
 
@@ -144,7 +144,7 @@ def _requests(
             if isinstance(prompt, Exception):
                 raise prompt
             [prompt] = as_list([prompt])
-            items.append((index, prompt, as_params(own, 1, engine.config, engine.tokenizer)[0]))
+            items.append((index, prompt, as_params(own, 1, engine.config, engine.tokenizer, engine.grammars, index)[0]))
         except Exception as error:
             failed.append(failed_output(index, prompt, error))
     if not items or not (items := encoded(items)):

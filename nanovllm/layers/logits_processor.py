@@ -15,6 +15,20 @@ from nanovllm.sampling_params import SamplingParams
 FIRST_TRY = 1024  # most likely tokens to look at before the whole vocabulary is sorted for top-p
 
 
+def apply_masks(logits: Tensor, allowed: np.ndarray, rows: Sequence[int]) -> None:
+    """Sets to -inf, in place, what masks do not allow in so many rows of [R, V] logits.
+
+    `allowed` is [len(rows), ceil(V / 32)] int32: bit i % 32 of word i // 32 says whether token i is.
+    """
+    octets = torch.from_numpy(allowed.view(np.uint8)).to(logits.device).unsqueeze(-1)
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=logits.device)
+    is_forbidden = (octets.bitwise_and(powers) == 0).flatten(1)[:, : logits.shape[1]]
+    if len(rows) == len(logits):
+        logits.masked_fill_(is_forbidden, -math.inf)
+    else:
+        logits[rows] = logits[rows].masked_fill(is_forbidden, -math.inf)
+
+
 def edit_logits(
     logits: Tensor, params: SamplingParams, prompt_ids: np.ndarray, output_ids: np.ndarray,
     end_ids: frozenset[int], bad_words_ids: Sequence[Sequence[int]]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from helpers import DEMO_MODEL
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, StructuredOutputs
 from nanovllm.batch.lines import CHAT, COMPLETION, Item, LineError, answer_record, error_record, parse_line, prompt_of
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -65,6 +65,7 @@ def test_every_field_of_sampling_params_is_taken():
         "frequency_penalty": -1, "repetition_penalty": 1.1, "seed": 5, "stop": ["x"], "stop_token_ids": [4],
         "include_stop_str_in_output": True, "min_tokens": 2, "ignore_eos": True, "logprobs": 2, "prompt_logprobs": 1,
         "truncate_prompt_tokens": 8, "bad_words": ["y"], "allowed_token_ids": [5, 6], "skip_special_tokens": False,
+        "structured_outputs": {"regex": "a+"},
     }  # fmt: skip
     expected = SamplingParams(**asked, logit_bias={7: -100})
     assert not [
@@ -73,6 +74,17 @@ def test_every_field_of_sampling_params_is_taken():
     for line in (chat, completion, plain):
         assert parse_line(line(**asked, logit_bias={"7": -100}), 0).params == expected
     assert parse_line(chat(max_tokens=9, max_completion_tokens=3), 0).params.max_tokens == 3
+
+
+def test_a_response_format_is_a_structure():
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for asked, form in (
+        ({"type": "json_object"}, {"json_object": True}),
+        ({"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}, {"json": schema}),
+    ):
+        params = parse_line(chat(response_format=asked), 0).params
+        assert params.structured_outputs == parse_line(chat(structured_outputs=form), 0).params.structured_outputs
+        assert params.structured_outputs == StructuredOutputs(**form)
 
 
 def test_a_chat_asks_for_logprobs_by_two_fields():
@@ -117,7 +129,10 @@ def test_what_changes_nothing_is_passed_over():
     [
         ({"stream": True}, "'stream' is not supported with the value True"),
         ({"temprature": 1}, "'temprature'.*nearest field is 'temperature'"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema must be an object"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "exclude each other"),
+        ({"structured_outputs": {"regx": "a"}}, "regx"),
         ({"tools": [{}], "tool_choice": "none"}, "tool_choice"),
         ({"best_of": 2}, "best_of must be n, which is 1, got 2"),
         ({"logits_processors": ["x"]}, "logits_processors"),

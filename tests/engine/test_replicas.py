@@ -108,11 +108,12 @@ def mixed(num_prompts: int) -> tuple[list[str], list[SamplingParams]]:
         {"seed": 5},
         {},
         {"n": 3},
+        {"n": 2, "seed": 6, "stop": "}", "structured_outputs": {"json": {"enum": ["no", {"a": [1, True]}]}}},
         {"stop": ["1", "and"], "max_tokens": 40, "min_tokens": 2},
         {"logprobs": 2, "prompt_logprobs": 1, "n": 2},
         {"top_p": 0.9, "bad_words": ["2"], "repetition_penalty": 1.2},
     ]
-    return prompts, [SamplingParams(**{"max_tokens": 12} | kinds[i % 7]) for i in range(num_prompts)]
+    return prompts, [SamplingParams(**{"max_tokens": 12} | kinds[i % len(kinds)]) for i in range(num_prompts)]
 
 
 # ---- as one engine

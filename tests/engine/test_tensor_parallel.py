@@ -1,5 +1,6 @@
 """What several ranks compute is what one computes, and they read, send and wait for no more than they must."""
 
+import json
 import os
 import pickle
 import signal
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from helpers import default_interrupts, random_prompts, reference_tokens, save_model
+from helpers import DEMO_MODEL, default_interrupts, random_prompts, reference_tokens, save_model
 from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine import drafts, workers
@@ -23,6 +24,7 @@ from nanovllm.layers.cpu_kernels.compiled import load_kernels
 from nanovllm.models import MODELS
 from nanovllm.utils import loader
 from nanovllm.utils.parallel import TensorParallel
+from schemas import SCHEMAS
 
 BLOCK = 8
 MAX_TOKENS = 24
@@ -85,6 +87,23 @@ def test_greedy_and_seeded_tokens_equal_those_of_one_rank_whatever_happens_to_a_
         assert llm.scheduler.num_preemptions > 0
         assert llm.block_manager.num_free_blocks == llm.config.num_kvcache_blocks
     assert any(guesses) == (most_guesses > 0)
+
+
+def test_structured_completions_equal_those_of_one_rank():
+    """Masks are rank 0's alone, and what is certain goes to all."""
+    params = [
+        SamplingParams(1.5, max_tokens=120, n=2, seed=1, structured_outputs=outputs)
+        for outputs in ({"json": SCHEMAS["long keys"]}, {"regex": "[a-z]{3,20}"}, {"choice": ["one", "another"]}, None)
+    ]
+    made = []
+    for size in (1, 2):
+        settings = SETTINGS | {"num_kvcache_blocks": 100, "tensor_parallel_size": size}
+        with LLM(str(DEMO_MODEL), **settings) as llm:
+            outputs = generate(llm, ["Who are you?"] * 4, params)
+            assert llm.stats()["decode_tokens"] > 1.5 * sum(llm.stats()["step_times"].values())
+        made.append([[(c.text, c.token_ids, c.finish_reason) for c in output.outputs] for output in outputs])
+    assert made[0] == made[1]
+    assert all(json.loads(text) for text, *_ in made[0][0]) and made[0][2][0][0] in ("one", "another")
 
 
 def test_logprobs_of_completions_and_prompts_equal_those_of_one_rank(llm, single):
