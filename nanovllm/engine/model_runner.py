@@ -17,12 +17,12 @@ from torch import Tensor
 from nanovllm.config import Config
 from nanovllm.engine.batch import Batch, BatchBuilder
 from nanovllm.engine.cuda_graphs import DecodeGraphs, RecordedSteps, graph_sizes
-from nanovllm.engine.sampling import sample_with_options, split_samples
+from nanovllm.engine.sampling import OptionsSampler, split_samples
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers import cpu_kernels
 from nanovllm.layers.attention import Attention, AttentionBackend, choose_backend
 from nanovllm.layers.attention_cpu import CPUAttention
-from nanovllm.layers.logits_processor import token_logprobs
+from nanovllm.layers.logits_processor import logprob_entries, num_top_of, token_logprobs
 from nanovllm.layers.parallel_sampler import sample_on_ranks
 from nanovllm.layers.sampler import sample
 from nanovllm.layers.weight import check_batch_invariance, check_quantization, choose_products, pack
@@ -30,7 +30,7 @@ from nanovllm.models import MODELS
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import reading
 from nanovllm.utils.context import Context, Step, use_step
-from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, default_threads, upload
+from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, default_threads, download, upload
 from nanovllm.utils.loader import load_dummy, load_model
 from nanovllm.utils.openmp import stop_spinning
 from nanovllm.utils.parallel import TensorParallel
@@ -56,6 +56,7 @@ class ModelRunner:
         self.device = config.device
         self.num_threads = default_threads()
         self.tp = tp or TensorParallel()
+        self.sample_with_options = OptionsSampler()
         times = [perf_counter()]
         self.model = self._build_model()
         times.append(perf_counter())
@@ -105,7 +106,7 @@ class ModelRunner:
         if logits is None:
             return [[] for _ in seqs]
         if batch.has_options:
-            samples = sample_with_options(logits, *upload(batch.random, self.device), seqs, batch.num_sampled)
+            samples = self.sample_with_options(logits, *upload(batch.random, self.device), seqs, batch.num_sampled)
             mark("sample")
             return samples
         tokens = logits if logits.dim() == 1 else sample(logits, *upload(batch.random, self.device))
@@ -256,8 +257,7 @@ class ModelRunner:
                     sample(logits)  # compiles its kernels, which it has for each dtype
                     ones, params = torch.ones(num_seqs, device=self.device), SamplingParams(top_p=0.9, logprobs=1)
                     seqs = [Sequence(row, [], params) for row in range(num_seqs)]
-                    # So flat that top-p has to sort the whole vocabulary.
-                    sample_with_options(logits.zero_(), ones, ones.double() / 2, seqs)
+                    self.sample_with_options(logits, ones, ones.double() / 2, seqs)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"a step of {num_tokens} tokens of {num_seqs} sequences needs more memory than the GPU has left beside "
@@ -294,5 +294,7 @@ def _score_prompts(seqs: list[Sequence], batch: Batch, rows: np.ndarray, logits:
         seq, mine = seqs[owner], np.flatnonzero(owners == owner)
         start = int(batch.positions[rows[mine[0]]]) + 1
         del seq.prompt_logprobs[start:]  # of an attempt that was preempted
-        tokens = seq.token_ids[start : start + len(mine)].tolist()
-        seq.prompt_logprobs += token_logprobs(logits[mine.tolist()], tokens, seq.params.prompt_logprobs)
+        tokens = np.frombuffer(seq.token_ids, dtype=np.int32)[start : start + len(mine)].astype(np.int64)
+        num_top = num_top_of([seq.params.prompt_logprobs] * len(mine), logits.shape[1])
+        found = token_logprobs(logits, *upload([mine, tokens], logits.device), num_top)
+        seq.prompt_logprobs += logprob_entries(num_top, tokens, *download(found))

@@ -1,21 +1,20 @@
 """Sampling for steps in which some sequence asks for more than a temperature. Others never come here.
 
-Legend: R tokens to sample, V vocabulary.
+Legend: R tokens to sample, O rows with options, N tokens of which log-probabilities are wanted, V vocabulary.
 """
 
 import warnings
-from itertools import groupby, islice
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from nanovllm.engine.options import BatchOptions
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.logits_processor import edit_logits, filter_logits, token_logprobs
+from nanovllm.layers.logits_processor import logprob_entries, num_top_of, sample_with_options, token_logprobs
 from nanovllm.layers.sampler import sample
-from nanovllm.sampling_params import SamplingParams
-
-FILTER_LOGITS = 2**23  # filtered at a time, at least one row: less than 0.5 GB of intermediate tensors
+from nanovllm.utils.device import download, upload
 
 
 def split_samples(token_ids: list[int], seqs: list[Sequence], num_sampled: np.ndarray | None) -> list[list[int]]:
@@ -38,76 +37,68 @@ def _foreseen(draft_ids: tuple[int, ...], token_ids: list[int]) -> list[int]:
     return token_ids[: n + 1]
 
 
-def sample_with_options(
-    logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, seqs: list[Sequence],
-    num_sampled: np.ndarray | None = None
-) -> list[list[int]]:  # fmt: skip
-    """Samples as `sample` does, after the penalties, masks and filters of the sequences that have some.
+@dataclass(slots=True)
+class Samples:
+    """Of one step, on the device."""
 
-    `num_sampled` of the R rows are each sequence's, None: one. Log-probabilities, of the unchanged logits, are added
-    to the sequences that ask for them. Returns what `split_samples` does. Sequences without options are sampled as in a
-    step without any, to the last bit.
+    tokens: Tensor  # [R] int64
+    is_ignored: Tensor | None = None  # [O] bool, edits that forbid every token
+    num_top: np.ndarray | None = None  # [N] int64, of each of the log-probabilities
+    logprobs: tuple[Tensor, ...] = ()  # [N] int64 tokens, and what `token_logprobs` returns for them
+
+    def read(self, seqs: list[Sequence], num_sampled: np.ndarray | None) -> list[list[int]]:
+        """See `OptionsSampler`. The only wait for the device."""
+        others = [] if self.is_ignored is None else [self.is_ignored]
+        tokens, *arrays = download([self.tokens, *self.logprobs, *others])
+        sampled = split_samples(tokens.tolist(), seqs, num_sampled)
+        if others and arrays.pop().any():
+            warnings.warn("the sampling parameters forbid every token; this token ignores them", stacklevel=2)
+        if self.logprobs:
+            entries = iter(logprob_entries(self.num_top, *arrays))
+            counts = [1] * len(seqs) if num_sampled is None else num_sampled.tolist()
+            for seq, count, token_ids in zip(seqs, counts, sampled, strict=True):
+                if seq.params.logprobs is not None:
+                    del seq.logprobs[seq.num_completion_tokens :]  # of a step that failed
+                    seq.logprobs += list(islice(entries, count))[: len(token_ids)]
+        return sampled
+
+
+class OptionsSampler:
+    """Samples the steps of a model runner, one after another.
+
+    As `sample` does, after the penalties, masks and filters of the sequences that have some; the others are sampled as
+    in a step without any, to the last bit. `num_sampled` of the R rows are each sequence's, None: one.
     """
-    counts = [1] * len(seqs) if num_sampled is None else num_sampled.tolist()
-    owners = [(seq, i) for seq, count in zip(seqs, counts, strict=True) for i in range(count)]  # [R], after i drafts
-    token_ids = sample(logits, temperatures, uniforms)
-    rows = [row for row, (seq, _) in enumerate(owners) if seq.has_options]
-    if rows:
-        random = (None, None) if temperatures is None else (temperatures[rows], uniforms[rows])
-        token_ids[rows] = _sample_edited(logits[rows].to(torch.float32), *random, [owners[row] for row in rows])
-    sampled = split_samples(token_ids.tolist(), seqs, num_sampled)
-    _add_logprobs(logits, seqs, np.cumsum([0, *counts[:-1]]).tolist(), sampled)
-    return sampled
 
+    def __init__(self) -> None:
+        self._options = BatchOptions()
 
-def _sample_edited(
-    logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, owners: list[tuple[Sequence, int]]
-) -> Tensor:
-    """Of rows that all have options; changes the [R, V] fp32 logits."""
-    for row, (seq, num_drafts) in enumerate(owners):
-        if seq.params.edits_logits:
-            try:
-                logits[row] = _edit(logits[row], seq, num_drafts)
-            except Exception as error:  # of a callable: no other sequence is concerned
-                seq.error = error
-    filtered = [(row, seq.params) for row, (seq, _) in enumerate(owners) if seq.params.filters]
-    num_at_once = max(1, FILTER_LOGITS // logits.shape[1])
-    for start in range(0, len(filtered), num_at_once):
-        rows, params = (list(column) for column in zip(*filtered[start : start + num_at_once], strict=True))
-        logits[rows] = _filter(logits[rows], temperatures[rows], params)
-    if filtered:
-        rows = torch.tensor([row for row, _ in filtered], device=logits.device)
-        temperatures = temperatures.index_fill(0, rows, 1.0)  # which the filters have applied
-    return sample(logits, temperatures, uniforms)
+    def __call__(
+        self, logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, seqs: list[Sequence],
+        num_sampled: np.ndarray | None = None
+    ) -> list[list[int]]:  # fmt: skip
+        """Returns what `split_samples` does. Log-probabilities, of the unchanged logits, are added to the sequences
+        that ask for them.
+        """
+        return self.launch(logits, temperatures, uniforms, seqs, num_sampled).read(seqs, num_sampled)
 
-
-def _add_logprobs(logits: Tensor, seqs: list[Sequence], first_rows: list[int], sampled: list[list[int]]) -> None:
-    wanted = [item for item in zip(seqs, first_rows, sampled, strict=True) if item[0].params.logprobs is not None]
-    for num_top, group in groupby(wanted, key=lambda item: item[0].params.logprobs):
-        group = list(group)
-        rows = [row + i for _, row, token_ids in group for i in range(len(token_ids))]
-        entries = iter(token_logprobs(logits[rows], [i for *_, token_ids in group for i in token_ids], num_top))
-        for seq, _, token_ids in group:
-            del seq.logprobs[seq.num_completion_tokens :]  # of a step that failed
-            seq.logprobs += islice(entries, len(token_ids))
-
-
-def _edit(row: Tensor, seq: Sequence, num_drafts: int) -> Tensor:
-    """The row of logits after so many of the sequence's drafts."""
-    token_ids = np.array([*seq.token_ids, *seq.draft_ids[:num_drafts]])
-    prompt_ids, output_ids = np.split(token_ids, [seq.num_prompt_tokens])
-    edited = edit_logits(row.clone(), seq.params, prompt_ids, output_ids, seq.end_token_ids, seq.bad_words_ids)
-    if edited.max() == -torch.inf:
-        warnings.warn("the sampling parameters forbid every token; this token ignores them", stacklevel=2)
-        return row
-    return edited
-
-
-def _filter(logits: Tensor, temperatures: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Applies temperatures and filters to [R, V] logits, which it changes."""
-    return filter_logits(
-        logits.sub_(logits.amax(-1, keepdim=True)).div_(temperatures.unsqueeze(1)),
-        torch.tensor([p.top_k for p in params]),
-        torch.tensor([p.top_p for p in params], dtype=torch.float64),
-        torch.tensor([p.min_p for p in params], dtype=torch.float32),
-    )
+    def launch(
+        self, logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, seqs: list[Sequence],
+        num_sampled: np.ndarray | None = None
+    ) -> Samples:  # fmt: skip
+        """Gives the device its work, and waits for nothing; but what a user's `logits_processors` do is theirs."""
+        counts = [1] * len(seqs) if num_sampled is None else num_sampled.tolist()
+        owners = [(seq, i) for seq, count in zip(seqs, counts, strict=True) for i in range(count)]
+        options = self._options.of(owners, logits)
+        if options is None:
+            samples = Samples(sample(logits, temperatures, uniforms))
+        else:
+            samples = Samples(*sample_with_options(logits, temperatures, uniforms, options))
+        asked = [seq.params.logprobs for seq, _ in owners]
+        rows = [row for row, num_top in enumerate(asked) if num_top is not None]
+        if rows:
+            samples.num_top = num_top_of([asked[row] for row in rows], logits.shape[1])
+            [there] = upload([np.array(rows)], logits.device)
+            wanted = samples.tokens.index_select(0, there)
+            samples.logprobs = wanted, *token_logprobs(logits, there, wanted, samples.num_top)
+        return samples

@@ -146,3 +146,13 @@ def upload(
     there = host.to(device, non_blocking=True) if buffer is None else buffer[: len(host)].copy_(host, non_blocking=True)
     views = (there[i : i + x.nbytes].view(x.dtype).view(x.shape) for i, x in zip(starts, given, strict=False))
     return [None if array is None else next(views) for array in arrays]
+
+
+def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """The tensors, all on one device, as arrays. From a GPU by one copy, which is the only wait for it."""
+    if tensors[0].device.type == "cpu":
+        return [x.numpy() for x in tensors]
+    host = torch.cat([x.flatten().view(torch.uint8) for x in tensors]).cpu().numpy()
+    parts = np.split(host, list(accumulate(x.nbytes for x in tensors))[:-1])
+    dtypes = [torch.empty(0, dtype=x.dtype).numpy().dtype for x in tensors]
+    return [part.copy().view(t).reshape(x.shape) for part, t, x in zip(parts, dtypes, tensors, strict=True)]

@@ -5,7 +5,7 @@ import torch
 
 from helpers import random_prompts, save_model
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.sampling import sample_with_options
+from nanovllm.engine.sampling import OptionsSampler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers import weight
 from nanovllm.layers.cpu_kernels import PackedWeight
@@ -104,7 +104,7 @@ def test_a_request_is_sampled_alike_beside_one_with_options():
     seqs = [Sequence(row, [5], SamplingParams(logprobs=0 if row == 7 else None)) for row in range(1200)]
     expected = sample(logits, *drawn).tolist()
     assert sample(logits.float(), *drawn).tolist() != expected  # as the one with options is sampled
-    sampled = [token_id for [token_id] in sample_with_options(logits, *drawn, seqs)]
+    sampled = [token_id for [token_id] in OptionsSampler()(logits, *drawn, seqs)]
     assert sampled[:7] == expected[:7] and sampled[8:] == expected[8:]
 
 
