@@ -480,7 +480,7 @@ def sampling(args: argparse.Namespace, config: Config) -> Figures:
     def step_seconds(params: list[SamplingParams]) -> float:
         ids = [llm.add_request(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
         seconds = []
-        while len(seconds) < 2 + SAMPLING_STEPS:
+        while len(seconds) < 2 + SAMPLING_STEPS and not llm.is_finished():
             start = perf_counter()
             _, num_tokens = llm.step()
             if num_tokens == -args.num_seqs:

@@ -54,7 +54,7 @@ def on_road(logits: torch.Tensor, road: str) -> torch.Tensor:
     return logits.bfloat16() if road == "compiled" else logits.bfloat16().float().to(DEVICE)
 
 
-def filtered(logits: torch.Tensor, road: str, top_k=None, top_p=None, min_p=None) -> torch.Tensor:
+def filtered(logits: torch.Tensor, road: str, top_k=None, top_p=None, min_p=None, device=DEVICE) -> torch.Tensor:
     """What is left of [R, V] fp32 logits: with the largest of each row as 0."""
     num_rows, vocab_size = logits.shape
     options = Options(np.arange(num_rows))
@@ -73,7 +73,7 @@ def filtered(logits: torch.Tensor, road: str, top_k=None, top_p=None, min_p=None
             torch.zeros_like(logits, dtype=torch.bfloat16), ones, ones.double() / 2, options, out
         )
         return out
-    there = logits.to(DEVICE)
+    there = logits.to(device)
     return filter_logits(there - there.amax(-1, keepdim=True), options.on(there.device)).cpu()
 
 
@@ -226,7 +226,7 @@ def test_the_kernels_keep_exactly_what_plain_pytorch_keeps(vocab_size):
         for top_p in (None, 1e-9, 0.3, 0.95, 1 - 2**-53):
             for min_p in (None, 0.05, 1.0):
                 options = [None if x is None else [x] * n for x in (top_k, top_p, min_p)]
-                plain, compiled = (filtered(rows, road, *options) for road in ("plain", "compiled"))
+                plain, compiled = (filtered(rows, road, *options, CPU) for road in ("plain", "compiled"))
                 assert torch.equal(plain, compiled), (top_k, top_p, min_p)
                 assert plain.isfinite().any(1).all()
 

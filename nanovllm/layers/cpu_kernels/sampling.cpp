@@ -42,8 +42,8 @@ int64_t first_of(int64_t v, float wanted, Load load) {
 
 // Exponentials of values that are at most 0; 0 for what would have no full precision, which is slow to compute with.
 inline __m512 weights_of(__m512 x) {
-    __m512 least = _mm512_set1_ps(-87);
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_GE_OQ), exp_of(_mm512_max_ps(x, least)));
+    __mmask16 weighs = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87), _CMP_GE_OQ);
+    return weighs ? _mm512_maskz_mov_ps(weighs, exp_of(_mm512_maskz_mov_ps(weighs, x))) : _mm512_setzero_ps();
 }
 
 // Exponentials of the values of a chunk, if `weights` is given; returns their sum.
