@@ -54,7 +54,7 @@ class SequenceOptions:
     """One sequence's, for a vocabulary of V tokens."""
 
     def __init__(self, seq: Sequence, vocab_size: int):
-        self.seq, self.params = seq, seq.params
+        self.seq, self.params, self.vocab_size = seq, seq.params, vocab_size
         params, allowed = seq.params, seq.params.allowed_token_ids
         self.top_k = min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size
         self.log_min_p = math.log(params.min_p) if params.min_p else -math.inf
@@ -78,7 +78,8 @@ class SequenceOptions:
                 if latest[max(len(latest) - len(start), 0) :] == start:
                     forbidden.add(last)
         if forbidden != self._forbidden:
-            biases = params.logit_bias | dict.fromkeys(forbidden, -math.inf)
+            known = {token_id for token_id in forbidden if token_id < self.vocab_size}  # a tokenizer may have more
+            biases = params.logit_bias | dict.fromkeys(known, -math.inf)
             self._forbidden = forbidden
             self._biases = np.array([*biases], dtype=np.int64), np.array([*biases.values()], dtype=np.float32)
         return self._biases

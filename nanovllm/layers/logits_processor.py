@@ -107,7 +107,8 @@ def filter_logits(logits: Tensor, options: Options) -> Tensor:
     if options.log_min_p is not None:
         logits.masked_fill_(logits < options.log_min_p.unsqueeze(1), -math.inf)
     if options.top_k is not None:
-        logits = _cut(logits, torch.ones_like(logits, dtype=torch.int64), options.top_k.unsqueeze(1))
+        ones = torch.ones((), dtype=torch.int64, device=logits.device).expand_as(logits)
+        logits = _cut(logits, ones, options.top_k.unsqueeze(1))
     if options.top_p is not None:
         weights = integer_weights(logits)
         top_p = options.top_p.unsqueeze(1)

@@ -378,6 +378,7 @@ def test_allowed_tokens_bias_and_min_tokens():
     assert allowed.isfinite().nonzero().flatten().tolist() == [3, 5, 7]
     assert allowed[5] == 2.0
     params = SamplingParams(min_tokens=2)
+    assert edit(logits, params, end=[VOCAB, 10**6], bad=[[VOCAB + 5]]).isfinite().all()  # of a larger tokenizer
     assert edit(logits, params, output=[9], end=[1, 2])[[1, 2]].isinf().all()
     assert edit(logits, params, output=[9, 9], end=[1, 2]).isfinite().all()
 
