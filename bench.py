@@ -9,6 +9,7 @@
     python bench.py --control-plane                  # what scheduling costs; needs no model
     python bench.py --structured                     # what JSON schemas cost, and what is certain in them saves
     python bench.py --parts                          # the share of products, attention, sampling, Python on a CPU
+    python bench.py --sampling                       # what each option of the sampling adds to a decode step
     python bench.py --timeline steps.json            # also the phases of each step, for Perfetto; .svg: a picture
 
 Prompts and output lengths are drawn uniformly from a fixed seed and end-of-sequence tokens are ignored, so every
@@ -92,7 +93,30 @@ ENGINE_OPTIONS = {  # fields of Config, with their defaults
     "num_kvcache_blocks": "-1 fills the memory budget",
     "quantization": "int8 (nanovllm on a CPU)",
 }
-PARTS = {"products": ("linear_bf16", "linear_int8"), "attention": ("attend", "store_kv"), "sampling": ("sample",)}
+PARTS = {
+    "products": ("linear_bf16", "linear_int8"),
+    "attention": ("attend", "store_kv"),
+    "sampling": ("sample", "token_logprobs"),
+}
+SAMPLING = {  # options of all sequences beside the temperature; random weights have flat distributions
+    "top_k": {"top_k": 20},
+    "top_p, peaked": {"top_p": 0.95, "temperature": 0.1},
+    "top_p": {"top_p": 0.95},
+    "top_p, flat": {"top_p": 0.95, "temperature": 2.0},
+    "min_p": {"min_p": 0.1},
+    "recommended": {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+    "repetition": {"repetition_penalty": 1.1},
+    "presence": {"presence_penalty": 0.5},
+    "frequency": {"frequency_penalty": 0.5},
+    "logit_bias": {"logit_bias": {token_id: 1.0 for token_id in range(0, 1000, 10)}},
+    "bad_words": {"bad_words": ["hello", "a longer one"]},
+    "min_tokens": {"min_tokens": 99, "stop_token_ids": [7, 8]},
+    "allowed_token_ids": {"allowed_token_ids": range(1000)},
+    "logprobs=1": {"logprobs": 1},
+    "logprobs=20": {"logprobs": 20},
+    "seed": {"seed": 1},
+}
+SAMPLING_ROUNDS, SAMPLING_STEPS = 7, 6
 CONFIG_DEFAULTS = {field.name: field.default for field in fields(Config)}
 MAX_TOKEN_ID = 10_000
 SUFFIX_LEN = 32  # of each prompt after the shared prefix
@@ -373,7 +397,7 @@ def timed(generate: Generate, workload: Workload) -> Figures:
     return figures
 
 
-# ---- the three measurements
+# ---- the measurements
 
 
 def throughput(args: argparse.Namespace, config: Config) -> Figures:
@@ -452,6 +476,50 @@ def parts(args: argparse.Namespace, config: Config) -> Figures:
         figures[f"{phase}_seconds"] = total["all"]
         figures[f"{phase}_attention_gbytes_per_s"] = counted["bytes"] / max(total["attention"], 1e-9) / 1e9
     return figures | {"gbytes_per_s": measure_rates(config)[1] / 1e9}
+
+
+def sampling(args: argparse.Namespace, config: Config) -> Figures:
+    """Milliseconds of a decode step in which each of `SAMPLING` is asked for by all sequences, each sequence asks for
+    another one, or one asks for all; and how much longer that is than just before with a temperature alone.
+
+    Medians over rounds, in each of which every two take turns.
+    """
+    llm = LLM(str(config.model_path), **engine_options(args))
+    length = llm.config.kvcache_block_size + 1  # all but the last token are cached
+    lengths = dict(zip(LENGTHS, (args.num_seqs, length, length, 1, 1), strict=True))
+    prompts = make_workload(lengths, args.seed, config.hf_config.vocab_size).prompts
+    common = {"temperature": args.temperature, "max_tokens": 100, "ignore_eos": True}
+    plain = SamplingParams(**common)
+    kinds = {kind: SamplingParams(**common | options) for kind, options in SAMPLING.items()
+             if "bad_words" not in options or llm.tokenizer}  # fmt: skip
+    mixed = list(kinds.values())
+    every = SamplingParams(**{name: value for options in SAMPLING.values() for name, value in options.items()
+                              if name != "bad_words"} | common)  # fmt: skip
+    cases = {kind: [params] * args.num_seqs for kind, params in kinds.items()}
+    cases["all, mixed"] = [mixed[i % len(mixed)] for i in range(args.num_seqs)]
+    cases["one has all"] = [every] + [plain] * (args.num_seqs - 1)
+
+    def step_seconds(params: list[SamplingParams]) -> float:
+        ids = [llm.add_request(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
+        seconds = []
+        while len(seconds) < 2 + SAMPLING_STEPS and not llm.is_finished():
+            start = perf_counter()
+            _, num_tokens = llm.step()
+            if num_tokens == -args.num_seqs:
+                seconds.append(perf_counter() - start)
+        for request_id in ids:
+            llm.abort(request_id)
+        return float(np.median(seconds[2:]))
+
+    seconds = [[(step_seconds([plain] * args.num_seqs), step_seconds(params)) for params in cases.values()]
+               for _ in range(1 + SAMPLING_ROUNDS)]  # fmt: skip
+    pairs = np.array(seconds[1:])  # [rounds, cases, 2]
+    figures: Figures = {"num_seqs": args.num_seqs, "dtype": dtype_name(config), "device": str(config.device)}
+    figures |= {"vocab_size": config.hf_config.vocab_size, "plain ms": 1e3 * float(np.median(pairs[:, :, 0]))}
+    for i, case in enumerate(cases):
+        figures[f"{case} ms"] = 1e3 * float(np.median(pairs[:, i, 1]))
+        figures[f"{case} ratio"] = float(np.median(pairs[:, i, 1] / pairs[:, i, 0]))
+    return figures
 
 
 def measure_rates(config: Config) -> tuple[float, float]:
@@ -614,6 +682,11 @@ PARTS_REPORT = [
       for part in (*PARTS, "small operations", "Python, rest")),
     ("attention reads", "       -  {decode_attention_gbytes_per_s:7.1f} GB/s of {gbytes_per_s:.1f}"),
 ]  # fmt: skip
+SAMPLING_REPORT = [
+    ("step", "{num_seqs} sequences, {vocab_size} tokens, {dtype}, {device}"),
+    ("temperature", "{plain ms:7.1f} ms"),
+    *((case, f"{{{case} ms:7.1f}} ms  {{{case} ratio:5.2f}}x") for case in (*SAMPLING, "all, mixed", "one has all")),
+]
 SHARED_PREFIX_REPORT = [
     ("engine", "{engine}, {dtype}, {device}"),
     ("prompts", "{num_seqs} of {shared_prefix_len} + {suffix_len} tokens, blocks of {kvcache_block_size}"),
@@ -649,9 +722,10 @@ CONTROL_PLANE_REPORT += [
 
 
 def show(figures: Figures, report: list[tuple[str, str]]) -> None:
+    width = max(16, *(len(label) + 2 for label, _ in report))
     for label, template in report:
         if all(name in figures for _, name, _, _ in string.Formatter().parse(template) if name):
-            print(f"{label:<16}{template.format(**figures)}")
+            print(f"{label:<{width}}{template.format(**figures)}")
 
 
 # ---- command line
@@ -669,6 +743,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--shared-prefix-len", type=positive, metavar="N", help="prefill with N common tokens")
     group.add_argument("--structured", action="store_true", help="JSON schemas, with a tokenizer that it learns")
     group.add_argument("--parts", action="store_true", help="the share of time by part, on a CPU")
+    group.add_argument("--sampling", action="store_true", help="what options add to a decode step")
     group.add_argument("--control-plane", action="store_true", help="scheduling alone, of classic's prompts")
     group.add_argument("--save-checkpoint", metavar="DIR", help="nothing: write the default model, random weights")
     group = parser.add_argument_group("workload (classic on CUDA, small on a CPU)")
@@ -719,9 +794,10 @@ def complete(args: argparse.Namespace) -> None:
         raise ValueError(f"--engine-args are for {' and '.join(PACKAGES)}, not for {args.engine}")
     if args.timeline and args.timeline.suffix not in (".json", ".svg"):
         raise ValueError(f"--timeline {args.timeline} must end in .json or .svg")
-    if args.timeline and (
-        args.engine != "nanovllm" or args.structured or args.parts or args.control_plane or args.shared_prefix_len
-    ):
+    others = args.structured or args.parts or args.sampling or args.control_plane or args.shared_prefix_len
+    if args.sampling and args.engine != "nanovllm":
+        raise ValueError("--sampling is for nanovllm")
+    if args.timeline and (args.engine != "nanovllm" or others):
         raise ValueError("--timeline is for the throughput of nanovllm")
     if args.load_format == "auto" and not args.model:
         raise ValueError("--load-format auto needs --model")
@@ -814,6 +890,8 @@ def main(argv: list[str] | None = None) -> None:
             figures, report = shared_prefix(args, config), SHARED_PREFIX_REPORT
         elif args.structured:
             figures, report = structured(args, config), STRUCTURED_REPORT
+        elif args.sampling:
+            figures, report = sampling(args, config), SAMPLING_REPORT
         elif args.parts:
             figures, report = parts(args, config), PARTS_REPORT
         else:

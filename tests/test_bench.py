@@ -252,6 +252,18 @@ def test_shares_of_time_add_up_and_attention_reads_all_keys(capsys, monkeypatch)
     assert figures["decode_attention_gbytes_per_s"] * 1e9 * seconds == pytest.approx(num_keys * token_bytes)
 
 
+def test_each_option_of_the_sampling_is_measured(tiny_model, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "SAMPLING_ROUNDS", 1)
+    monkeypatch.setattr(bench, "SAMPLING_STEPS", 1)
+    monkeypatch.setitem(bench.SAMPLING, "allowed_token_ids", {"allowed_token_ids": [3, 4]})
+    monkeypatch.setitem(bench.SAMPLING, "logit_bias", {"logit_bias": {3: 1.0}})
+    figures = figures_of(capsys, *tiny_model, "--sampling", "--num-seqs", "3")
+    cases = [*(case for case in bench.SAMPLING if case != "bad_words"), "all, mixed", "one has all"]  # no tokenizer
+    assert all(figures[f"{case} ms"] > 0 and figures[f"{case} ratio"] > 0 for case in cases)
+    bench.show(figures, bench.SAMPLING_REPORT)
+    assert [line[:19].rstrip() for line in capsys.readouterr().out.splitlines()] == ["step", "temperature", *cases]
+
+
 @pytest.mark.parametrize("arguments", [["--dtype", "float32"], ["--engine", "transformers"]])
 def test_shares_of_time_are_for_our_kernels(arguments, capsys):
     with pytest.raises(SystemExit):

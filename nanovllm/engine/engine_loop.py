@@ -10,7 +10,8 @@ from queue import Empty
 from time import perf_counter
 
 from nanovllm.engine.call_loop import CallLoop, News
-from nanovllm.engine.model_runner import ModelRunner, Samples
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.sampling import Samples
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.utils.timeline import mark
@@ -101,7 +102,7 @@ class EngineLoop(CallLoop):
             if before is not None:
                 self._postprocess(before)
             may_lead = may_lead and self.model_runner.may_lead and scheduler.may_lead()
-            if seqs and may_lead and not samples.are_here():
+            if seqs and may_lead and samples.may_stay():
                 self._ahead = samples
             elif seqs:
                 self._postprocess(samples)

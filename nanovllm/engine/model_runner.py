@@ -18,21 +18,21 @@ from nanovllm.config import Config
 from nanovllm.engine.batch import Batch, BatchBuilder
 from nanovllm.engine.cuda_graphs import DecodeGraphs, RecordedSteps, graph_sizes, take_samples
 from nanovllm.engine.grammar import MaskMaker
-from nanovllm.engine.sampling import sample_with_options, split_samples
+from nanovllm.engine.sampling import OptionsSampler, Samples
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers import cpu_kernels
 from nanovllm.layers.attention import Attention, AttentionBackend, choose_backend
 from nanovllm.layers.attention_cpu import CPUAttention
 from nanovllm.layers.experts import Experts, Router
 from nanovllm.layers.fused import triton_problem
-from nanovllm.layers.logits_processor import token_logprobs
+from nanovllm.layers.logits_processor import logprob_entries, num_top_of, token_logprobs
 from nanovllm.layers.parallel_sampler import sample_on_ranks
 from nanovllm.layers.sampler import sample
 from nanovllm.layers.weight import check_batch_invariance, check_quantization, choose_products, pack
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import reading
 from nanovllm.utils.context import Context, Step, use_step
-from nanovllm.utils.device import GIB, Download, available_memory, default_cache_bytes, default_threads, upload
+from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, default_threads, download, upload
 from nanovllm.utils.loader import load_dummy, load_model
 from nanovllm.utils.openmp import stop_spinning
 from nanovllm.utils.parallel import TensorParallel
@@ -42,29 +42,6 @@ LOGPROB_ROWS = 128  # of given tokens at a time, whose logits over the vocabular
 GRAPH_BYTES = 16 * 2**20  # reserved for each CUDA graph, an estimate
 BUILDING = threading.Lock()  # PyTorch's default dtype, which is changed meanwhile, is one for all threads
 logger = logging.getLogger("nanovllm")
-
-
-class Samples:
-    """What `seqs` have sampled in a step: for each the tokens, or all of them together on their way to the host."""
-
-    ends: list[int]  # how many tokens of each were computed then, for who postprocesses the step
-
-    def __init__(
-        self, seqs: list[Sequence], tokens: list[list[int]] | Download, num_sampled: np.ndarray | None = None
-    ):  # fmt: skip
-        self.seqs, self._tokens, self._num_sampled = seqs, tokens, num_sampled
-
-    def are_here(self) -> bool:
-        """Whether `read` does not wait."""
-        return isinstance(self._tokens, list) or self._tokens.is_here()
-
-    def read(self) -> list[list[int]]:
-        """For each sequence its next tokens, see `split_samples`."""
-        if isinstance(self._tokens, list):
-            return self._tokens
-        token_ids = self._tokens.read().tolist()
-        mark("read tokens")
-        return split_samples(token_ids, self.seqs, self._num_sampled)
 
 
 class ModelRunner:
@@ -84,6 +61,7 @@ class ModelRunner:
         self.device = config.device
         self.num_threads = default_threads()
         self.tp = tp or TensorParallel()
+        self.sample_with_options = OptionsSampler()
         times = [perf_counter()]
         self.model = self._build_model()
         times.append(perf_counter())
@@ -137,15 +115,15 @@ class ModelRunner:
             masks = masks and masks.result()
         mark("forward")
         if logits is None:
-            return Samples(seqs, [[] for _ in seqs])
+            return Samples(seqs, None, None)
+        random = () if logits.dim() == 1 else upload(batch.random, self.device)
         if batch.has_options:
-            samples = sample_with_options(logits, *upload(batch.random, self.device), seqs, batch.num_sampled, masks)
-            mark("sample")
-            return Samples(seqs, samples)
-        tokens = logits if logits.dim() == 1 else sample(logits, *upload(batch.random, self.device))
-        self.last_tokens = tokens
+            samples = self.sample_with_options(logits, *random, seqs, batch.num_sampled, masks)
+        else:
+            samples = Samples(seqs, batch.num_sampled, sample(logits, *random) if random else logits)
+        self.last_tokens = samples.tokens
         mark("sample")
-        return Samples(seqs, Download(tokens), batch.num_sampled)
+        return samples
 
     def forward(self, batch: Batch, score_given: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
         """Fills the cache, on all ranks for the same batch. [R, vocabulary] logits to sample from on rank 0, if any; or
@@ -301,8 +279,7 @@ class ModelRunner:
                     sample(logits)  # compiles its kernels, which it has for each dtype
                     ones, params = torch.ones(num_seqs, device=self.device), SamplingParams(top_p=0.9, logprobs=1)
                     seqs = [Sequence(row, [], params) for row in range(num_seqs)]
-                    # So flat that top-p has to sort the whole vocabulary.
-                    sample_with_options(logits.zero_(), ones, ones.double() / 2, seqs)
+                    self.sample_with_options(logits, ones, ones.double() / 2, seqs)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"a step of {num_tokens} tokens of {num_seqs} sequences needs more memory than the GPU has left beside "
@@ -337,11 +314,10 @@ def _score_given(seqs: list[Sequence], batch: Batch, rows: np.ndarray, logits: T
     bounds, positions = batch.cu_seqlens_q, (batch.positions[rows] + 1).tolist()
     owners = len(seqs) - len(bounds) + np.searchsorted(bounds, rows - batch.num_decode, side="right")
     given = [(seqs[owner], position) for owner, position in zip(owners.tolist(), positions, strict=True)]
-    wanted = np.array([seq.params.prompt_logprobs for seq, _ in given])
-    for num_top in np.unique(wanted).tolist():
-        mine = np.flatnonzero(wanted == num_top).tolist()
-        tokens = [given[row][0].token_ids[given[row][1]] for row in mine]
-        entries = token_logprobs(logits if len(mine) == len(rows) else logits[mine], tokens, num_top)
-        for (seq, position), entry in zip([given[row] for row in mine], entries, strict=True):
-            del seq.prompt_logprobs[position - seq.unscored.start :]  # of an attempt that was preempted
-            seq.prompt_logprobs.append(entry)
+    tokens = np.array([seq.token_ids[position] for seq, position in given], dtype=np.int64)
+    num_top = num_top_of([seq.params.prompt_logprobs for seq, _ in given], logits.shape[1])
+    found = token_logprobs(logits, *upload([np.arange(len(rows)), tokens], logits.device), num_top)
+    entries = logprob_entries(num_top, tokens, *download(found))
+    for (seq, position), entry in zip(given, entries, strict=True):
+        del seq.prompt_logprobs[position - seq.unscored.start :]  # of an attempt that was preempted
+        seq.prompt_logprobs.append(entry)

@@ -1,22 +1,27 @@
 """Sampling for steps in which some sequence asks for more than a temperature. Others never come here.
 
-Legend: R tokens to sample, V vocabulary.
+Legend: R tokens to sample, O rows with options, N tokens of which log-probabilities are wanted, V vocabulary.
 """
 
 import warnings
-from itertools import groupby, islice
+from itertools import islice
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nanovllm.engine.grammar import Masks
+from nanovllm.engine.options import BatchOptions
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.logits_processor import apply_masks, edit_logits, filter_logits, token_logprobs
+from nanovllm.layers.logits_processor import (
+    apply_masks,
+    logprob_entries,
+    num_top_of,
+    sample_with_options,
+    token_logprobs,
+)
 from nanovllm.layers.sampler import sample
-from nanovllm.sampling_params import SamplingParams
-
-FILTER_LOGITS = 2**23  # filtered at a time, at least one row: less than 0.5 GB of intermediate tensors
+from nanovllm.utils.device import Download, upload
+from nanovllm.utils.timeline import mark
 
 
 def split_samples(token_ids: list[int], seqs: list[Sequence], num_sampled: np.ndarray | None) -> list[list[int]]:
@@ -39,86 +44,90 @@ def _foreseen(draft_ids: tuple[int, ...], token_ids: list[int]) -> list[int]:
     return token_ids[: n + 1]
 
 
-def sample_with_options(
-    logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, seqs: list[Sequence],
-    num_sampled: np.ndarray | None = None, masks: Masks | None = None
-) -> list[list[int]]:  # fmt: skip
-    """Samples as `sample` does, after the penalties, masks and filters of the sequences that have some.
+class Samples:
+    """What `seqs` have sampled in a step: on the device, and on its way to the host.
 
-    `num_sampled` of the R rows are each sequence's, None: one. Log-probabilities, of the unchanged logits, are added
-    to the sequences that ask for them. Returns what `split_samples` does. Sequences without options are sampled as in a
-    step without any, to the last bit.
+    Args:
+        seqs: Of the step.
+        num_sampled: How many of the R tokens are each one's, None: one.
+        tokens: [R] int64; None if nobody samples.
+        is_plain: Whether no sequence has options, which are applied by the host's knowledge of its tokens.
+        is_ignored: [O] bool, whether edits forbid every token.
+        num_top: [N] int64, of each of the log-probabilities.
+        logprobs: [N] int64 tokens, and what `token_logprobs` returns for them.
     """
-    counts = [1] * len(seqs) if num_sampled is None else num_sampled.tolist()
-    owners = [(seq, i) for seq, count in zip(seqs, counts, strict=True) for i in range(count)]  # [R], after i drafts
-    certain, unchanged = masks.certain if masks else {}, logits
-    if masks and masks.rows:
-        unchanged = logits.clone() if any(seq.params.logprobs is not None for seq in seqs) else None
-        apply_masks(logits, masks.allowed, masks.rows)
-    tokens = sample(logits, temperatures, uniforms)
-    rows = [row for row, (seq, _) in enumerate(owners) if seq.has_options and row not in certain]
-    rows = [row for row in rows if owners[row][0].params.edits_logits or owners[row][0].params.filters]
-    if rows:
-        random = (None, None) if temperatures is None else (temperatures[rows], uniforms[rows])
-        tokens[rows] = _sample_edited(logits[rows].to(torch.float32), *random, [owners[row] for row in rows])
-    token_ids = tokens.tolist()
-    for row, token_id in certain.items():
-        token_ids[row] = token_id
-    sampled = split_samples(token_ids, seqs, num_sampled)
-    _add_logprobs(unchanged, seqs, np.cumsum([0, *counts[:-1]]).tolist(), sampled)
-    return sampled
+
+    ends: list[int]  # how many tokens of each sequence were computed then, for who postprocesses the step
+
+    def __init__(
+        self, seqs: list[Sequence], num_sampled: np.ndarray | None, tokens: Tensor | None, is_plain: bool = True,
+        is_ignored: Tensor | None = None, num_top: np.ndarray | None = None, logprobs: tuple[Tensor, ...] = ()
+    ):  # fmt: skip
+        self.seqs, self.tokens, self._num_sampled, self._num_top = seqs, tokens, num_sampled, num_top
+        self._is_plain, self._has_ignored = is_plain, is_ignored is not None
+        others = [] if is_ignored is None else [is_ignored]
+        self._coming = None if tokens is None else Download([tokens, *logprobs, *others])
+
+    def may_stay(self) -> bool:
+        """Whether the next step can do without the host's knowing them, and they are not here yet."""
+        return self._is_plain and self._coming is not None and not self._coming.is_here()
+
+    def read(self) -> list[list[int]]:
+        """What `split_samples` says; adds log-probabilities to the sequences. The only wait for the device."""
+        if self._coming is None:
+            return [[] for _ in self.seqs]
+        tokens, *arrays = self._coming.read()
+        mark("read tokens")
+        sampled = split_samples(tokens.tolist(), self.seqs, self._num_sampled)
+        if self._has_ignored and arrays.pop().any():
+            warnings.warn("the sampling parameters forbid every token; this token ignores them", stacklevel=2)
+        if arrays:
+            entries = iter(logprob_entries(self._num_top, *arrays))
+            counts = [1] * len(self.seqs) if self._num_sampled is None else self._num_sampled.tolist()
+            for seq, count, token_ids in zip(self.seqs, counts, sampled, strict=True):
+                if seq.params.logprobs is not None:
+                    del seq.logprobs[seq.num_completion_tokens :]  # of a step that failed
+                    seq.logprobs += list(islice(entries, count))[: len(token_ids)]
+        return sampled
 
 
-def _sample_edited(
-    logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, owners: list[tuple[Sequence, int]]
-) -> Tensor:
-    """Of rows that all have options; changes the [R, V] fp32 logits."""
-    for row, (seq, num_drafts) in enumerate(owners):
-        if seq.params.edits_logits:
-            try:
-                logits[row] = _edit(logits[row], seq, num_drafts)
-            except Exception as error:  # of a callable: no other sequence is concerned
-                seq.error = error
-    filtered = [(row, seq.params) for row, (seq, _) in enumerate(owners) if seq.params.filters]
-    num_at_once = max(1, FILTER_LOGITS // logits.shape[1])
-    for start in range(0, len(filtered), num_at_once):
-        rows, params = (list(column) for column in zip(*filtered[start : start + num_at_once], strict=True))
-        logits[rows] = _filter(logits[rows], temperatures[rows], params)
-    if filtered:
-        rows = torch.tensor([row for row, _ in filtered], device=logits.device)
-        temperatures = temperatures.index_fill(0, rows, 1.0)  # which the filters have applied
-    return sample(logits, temperatures, uniforms)
+class OptionsSampler:
+    """Samples the steps of a model runner, one after another.
 
+    As `sample` does, after the penalties, masks and filters of the sequences that have some; the others are sampled as
+    in a step without any, to the last bit. `num_sampled` of the R rows are each sequence's, None: one.
+    """
 
-def _add_logprobs(logits: Tensor, seqs: list[Sequence], first_rows: list[int], sampled: list[list[int]]) -> None:
-    wanted = [item for item in zip(seqs, first_rows, sampled, strict=True) if item[0].params.logprobs is not None]
-    for num_top, group in groupby(wanted, key=lambda item: item[0].params.logprobs):
-        group = list(group)
-        rows = [row + i for _, row, token_ids in group for i in range(len(token_ids))]
-        entries = iter(token_logprobs(logits[rows], [i for *_, token_ids in group for i in token_ids], num_top))
-        for seq, _, token_ids in group:
-            del seq.logprobs[seq.num_completion_tokens :]  # of a step that failed
-            seq.logprobs += islice(entries, len(token_ids))
+    def __init__(self) -> None:
+        self._options = BatchOptions()
 
+    def __call__(
+        self, logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, seqs: list[Sequence],
+        num_sampled: np.ndarray | None = None, masks: Masks | None = None
+    ) -> Samples:  # fmt: skip
+        """Gives the device its work, and waits for nothing; but what a user's `logits_processors` do is theirs.
 
-def _edit(row: Tensor, seq: Sequence, num_drafts: int) -> Tensor:
-    """The row of logits after so many of the sequence's drafts."""
-    token_ids = np.array([*seq.token_ids, *seq.draft_ids[:num_drafts]])
-    prompt_ids, output_ids = np.split(token_ids, [seq.num_prompt_tokens])
-    edited = edit_logits(row.clone(), seq.params, prompt_ids, output_ids, seq.end_token_ids, seq.bad_words_ids)
-    if seq.guide is not None and seq.params.logits_processors:  # which may have allowed what the grammar does not
-        edited = edited.masked_fill(row == -torch.inf, -torch.inf)
-    if edited.max() == -torch.inf:
-        warnings.warn("the sampling parameters forbid every token; this token ignores them", stacklevel=2)
-        return row
-    return edited
-
-
-def _filter(logits: Tensor, temperatures: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Applies temperatures and filters to [R, V] logits, which it changes."""
-    return filter_logits(
-        logits.sub_(logits.amax(-1, keepdim=True)).div_(temperatures.unsqueeze(1)),
-        torch.tensor([p.top_k for p in params]),
-        torch.tensor([p.top_p for p in params], dtype=torch.float64),
-        torch.tensor([p.min_p for p in params], dtype=torch.float32),
-    )
+        Grammars' masks are applied to the logits; the log-probabilities are of what they were.
+        """
+        counts = [1] * len(seqs) if num_sampled is None else num_sampled.tolist()
+        owners = [(seq, i) for seq, count in zip(seqs, counts, strict=True) for i in range(count)]
+        asked = [seq.params.logprobs for seq, _ in owners]
+        rows = [row for row, num_top in enumerate(asked) if num_top is not None]
+        unchanged = logits.clone() if rows and masks else logits
+        if masks and masks.rows:
+            apply_masks(logits, *upload([np.array(masks.rows), masks.allowed], logits.device))
+        options, is_ignored = self._options.of(owners, logits), None
+        if options is None:
+            tokens = sample(logits, temperatures, uniforms)
+        else:
+            tokens, is_ignored = sample_with_options(logits, temperatures, uniforms, options)
+        if masks and masks.certain:
+            certain = [np.array([*column]) for column in (masks.certain, masks.certain.values())]
+            tokens.index_copy_(0, *upload(certain, logits.device))
+        num_top, logprobs = None, ()
+        if rows:
+            num_top = num_top_of([asked[row] for row in rows], logits.shape[1])
+            [there] = upload([np.array(rows)], logits.device)
+            wanted = tokens.index_select(0, there)
+            logprobs = wanted, *token_logprobs(unchanged, there, wanted, num_top)
+        return Samples(seqs, num_sampled, tokens, False, is_ignored, num_top, logprobs)

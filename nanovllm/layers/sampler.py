@@ -45,6 +45,6 @@ def _invert(cdf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     A target that rounding has pushed to the end is moved just below it: the index always has a positive weight.
     """
     target = torch.minimum(target, torch.nextafter(cdf[:, -1:], torch.zeros_like(cdf[:, -1:])))
-    index = torch.searchsorted(cdf, target, right=True)
+    index = torch.searchsorted(cdf, target, right=True) * (cdf[:, -1:] > 0)  # 0 if they are NaN
     before = torch.where(index > 0, cdf.gather(1, (index - 1).clamp(min=0)), 0.0)
     return index.squeeze(1), (target - before).squeeze(1)

@@ -189,20 +189,28 @@ _staging = _Staging()
 
 
 class Download:
-    """A tensor on its way to the host, at which whoever started it need not wait."""
+    """Tensors of one device on their way to the host, at which whoever started it need not wait: one copy."""
 
-    def __init__(self, x: torch.Tensor):
-        self._x, self._event = x, None
-        if x.is_cuda:
-            self._x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    def __init__(self, tensors: Sequence[torch.Tensor]):
+        self._tensors, self._event = tensors, None
+        if tensors[0].is_cuda:
+            there = torch.cat([x.flatten().view(torch.uint8) for x in tensors])
+            self._host = torch.empty(there.shape, dtype=torch.uint8, pin_memory=True).copy_(there, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
     def is_here(self) -> bool:
         return self._event is None or self._event.query()
 
-    def read(self) -> np.ndarray:
-        """The values, once they are here."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._x.numpy()
+    def read(self) -> list[np.ndarray]:
+        """As arrays, once they are here."""
+        if self._event is None:
+            return [x.numpy() for x in self._tensors]
+        self._event.synchronize()
+        parts = self._host.split([x.nbytes for x in self._tensors])
+        return [part.clone().view(x.dtype).view(x.shape).numpy() for part, x in zip(parts, self._tensors, strict=True)]
+
+
+def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """The tensors, all on one device, as arrays. The only wait for it."""
+    return Download(tensors).read()

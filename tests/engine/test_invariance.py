@@ -5,7 +5,7 @@ import torch
 
 from helpers import random_prompts, save_model
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.sampling import sample_with_options
+from nanovllm.engine.sampling import OptionsSampler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers import weight
 from nanovllm.layers.cpu_kernels import PackedWeight
@@ -104,7 +104,7 @@ def test_a_request_is_sampled_alike_beside_one_with_options():
     seqs = [Sequence(row, [5], SamplingParams(logprobs=0 if row == 7 else None)) for row in range(1200)]
     expected = sample(logits, *drawn).tolist()
     assert sample(logits.float(), *drawn).tolist() != expected  # as the one with options is sampled
-    sampled = [token_id for [token_id] in sample_with_options(logits, *drawn, seqs)]
+    sampled = [token_id for [token_id] in OptionsSampler()(logits, *drawn, seqs).read()]
     assert sampled[:7] == expected[:7] and sampled[8:] == expected[8:]
 
 
@@ -149,7 +149,7 @@ def test_an_engine_on_the_triton_kernels_changes_no_bit(tmp_path, monkeypatch):
     backend = attention_invariant_triton.InvariantTritonAttention
     monkeypatch.setattr(attention_invariant_triton, "SPLIT", 32)
     monkeypatch.setattr("nanovllm.engine.model_runner.choose_backend", lambda *settings: backend)
-    monkeypatch.setattr("nanovllm.engine.model_runner.pack", lambda x, **_: TritonWeight(x) if x.dim() == 2 else x)
+    monkeypatch.setattr("nanovllm.engine.model_runner.pack", lambda x, *_: TritonWeight(x) if x.dim() == 2 else x)
     save_model(tmp_path, num_hidden_layers=1, vocab_size=64)
     prompts = random_prompts([40, 17, 3], vocab_size=64)
     params = [SamplingParams(i, max_tokens=4, ignore_eos=True, seed=i, logprobs=0) for i in range(3)]

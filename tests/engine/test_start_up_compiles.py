@@ -43,7 +43,7 @@ def record_engine(
     ModelRunner._can_record = lambda runner: False
     torch.Tensor.new_empty, torch.empty_like = torch.Tensor.new_zeros, torch.zeros_like
     torch.cuda.memory_reserved = torch.cuda.max_memory_reserved = torch.cuda.reset_peak_memory_stats = lambda device: 0
-    model_runner.pack = lambda x, **_: TritonWeight(x) if batch_invariant and x.dim() == 2 else x
+    model_runner.pack = lambda x, *_: TritonWeight(x) if batch_invariant and x.dim() == 2 else x
     attention.TOLERANCE = float("inf")
     attention.BACKENDS["triton"] = lambda *settings: (backend, "triton")
     fused._kernels = lambda *_: fused_triton

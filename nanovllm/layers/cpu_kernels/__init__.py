@@ -3,12 +3,18 @@
 Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim, V vocabulary, B block-table columns.
 """
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.layers.cpu_kernels.compiled import call, empty, load_kernels
 from nanovllm.utils.context import Context
+
+if TYPE_CHECKING:
+    from nanovllm.layers.logits_processor import Options
 
 GROUP = 128  # as in linear.cpp
 
@@ -140,5 +146,60 @@ def sample(logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None)
     """See `nanovllm.layers.sampler.sample`."""
     assert logits.stride(1) == 1
     tokens = empty(logits.shape[0], dtype=torch.int64)
-    call("sample", logits, logits.stride(0), temperatures, uniforms, tokens, *logits.shape)
+    call("sample", logits, logits.stride(0), temperatures, uniforms, None, tokens, *logits.shape)
     return tokens
+
+
+def sample_with_options(
+    logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, options: "Options",
+    filtered: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `nanovllm.layers.logits_processor.sample_with_options`.
+
+    For tests, rows at random leave in `filtered` [O, V] fp32 what they were drawn from.
+    """
+    assert logits.stride(1) == 1
+    tokens, is_ignored = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(options.rows), dtype=torch.bool)
+    indices = [
+        _inverse(rows, size)
+        for rows, size in (
+            (options.rows, len(logits)),
+            (options.mask_rows, len(options.rows)),
+            (options.processed_rows, len(options.rows)),
+        )
+    ]
+    of_row, of_mask, of_processed = indices
+    arrays = [  # in the order of `Options` in sampling.cpp
+        of_row, options.top_k, options.top_p, options.log_min_p, of_mask, options.masks,
+        options.bias_starts, options.bias_cells, options.biases,
+        options.penalty_starts, options.penalty_cells, options.factors, options.subtrahends,
+        of_processed, options.processed, is_ignored, filtered,
+    ]  # fmt: skip
+    addresses = torch.tensor([_address(array) for array in arrays])
+    call("sample", logits, logits.stride(0), temperatures, uniforms, addresses, tokens, *logits.shape)
+    return tokens, is_ignored
+
+
+def token_logprobs(logits: Tensor, rows: Tensor, tokens: Tensor, num_top: np.ndarray) -> tuple[Tensor, ...]:
+    """See `nanovllm.layers.logits_processor.token_logprobs`."""
+    assert logits.stride(1) == 1
+    (n,), most = rows.shape, int(num_top.max(initial=0))
+    logprobs, ranks = torch.empty(n), torch.empty(n, dtype=torch.int64)
+    top_ids, top_logprobs = torch.zeros(n, most, dtype=torch.int64), torch.full((n, most), torch.nan)
+    found = logprobs, ranks, top_ids, top_logprobs
+    sizes = most, n, logits.shape[1]
+    call("token_logprobs", logits, logits.stride(0), rows, tokens, torch.from_numpy(num_top), *found, *sizes)
+    return found
+
+
+def _inverse(rows: np.ndarray | None, size: int) -> np.ndarray | None:
+    """[size] int64: the place in `rows` of each, or -1."""
+    if rows is None:
+        return None
+    inverse = np.full(size, -1)
+    inverse[rows] = np.arange(len(rows))
+    return inverse
+
+
+def _address(array: np.ndarray | Tensor | None) -> int:
+    return 0 if array is None else array.data_ptr() if isinstance(array, Tensor) else array.ctypes.data

@@ -1,4 +1,4 @@
-// The operations between the products: norms, rotary embedding, SwiGLU's gate, sampling.
+// The operations between the products: norms, rotary embedding, SwiGLU's gate.
 // Each rounds to bf16 where the plain PyTorch code does. Rows may have any length. A few tokens are done before other
 // threads would wake up.
 
@@ -6,8 +6,7 @@
 
 namespace {
 
-constexpr int64_t FEW = 5;      // fewer tokens are done by one thread
-constexpr int64_t CHUNK = 512;  // tokens of the vocabulary whose probabilities are summed up at a time
+constexpr int64_t FEW = 5;  // fewer tokens are done by one thread
 
 // The factor that makes the mean square of n values 1.
 inline __m512 inverse_rms(const bf16* x, int64_t n, float eps) {
@@ -86,57 +85,6 @@ EXPORT void silu_and_mul(const bf16* gate, const bf16* up, int64_t stride, bf16*
     });
 }
 
-// One token a row of [rows, v] logits by inverse CDF, see nanovllm/layers/sampler.py; temperature 0 takes the largest.
-EXPORT void sample(const bf16* logits, int64_t stride, const float* temperatures, const double* uniforms,
-                   int64_t* tokens, int64_t num_rows, int64_t v) {
-    parallel_for(num_rows, 2, [&](int64_t row) {
-        std::vector<double> sums((v + CHUNK - 1) / CHUNK);
-        alignas(64) float weights[CHUNK];
-        const bf16* x = logits + row * stride;
-        float temperature = temperatures ? temperatures[row] : 0;
-        __m512 largest = _mm512_set1_ps(-INFINITY);
-        for (int64_t i = 0; i < v; i += 16)
-            largest = _mm512_mask_max_ps(largest, lanes(v - i), largest, load16(x + i, v - i));
-        float maximum = _mm512_reduce_max_ps(largest);
-        if (temperature == 0) {
-            int64_t i = 0;
-            while (i < v - 1 && to_float(x[i]) != maximum) i++;
-            tokens[row] = i;
-            return;
-        }
-        auto weigh = [&](int64_t chunk) {  // sum of the chunk's exponentials, which are left in `weights`
-            int64_t start = chunk * CHUNK;
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t i = 0; i < CHUNK; i += 16) {
-                int64_t left = v - start - i;
-                __m512 value = _mm512_sub_ps(load16(x + start + i, left), _mm512_set1_ps(maximum));
-                value = _mm512_div_ps(value, _mm512_set1_ps(temperature));
-                value = _mm512_maskz_mov_ps(lanes(left), exp_of(_mm512_max_ps(value, _mm512_set1_ps(-110))));
-                _mm512_store_ps(weights + i, value);
-                sum = _mm512_add_ps(sum, value);
-            }
-            return double(_mm512_reduce_add_ps(sum));
-        };
-        double total = 0;
-        for (size_t chunk = 0; chunk < sums.size(); chunk++) total += sums[chunk] = weigh(chunk);
-        double target = uniforms[row] * total;
-        size_t chunk = 0;
-        while (chunk + 1 < sums.size() && target >= sums[chunk]) target -= sums[chunk++];
-        while (chunk > 0 && sums[chunk] == 0) chunk--;  // rounding went past the last that is possible
-        weigh(chunk);
-        int64_t token = 0, last = 0;
-        for (int64_t i = 0; i < CHUNK; i++)
-            if (weights[i] > 0) {
-                last = i;
-                if (target < weights[i]) break;
-                target -= weights[i];
-            }
-        token = chunk * CHUNK + last;
-        tokens[row] = token;
-    });
-}
-
 REPLAYABLE(add_rms_norm)
 REPLAYABLE(norm_rope)
 REPLAYABLE(silu_and_mul)
-REPLAYABLE(sample)
