@@ -79,6 +79,8 @@ def apply_masks(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
         rows: [M] int64.
         masks: [M, ceil(V / 32)] int32: token i is allowed if bit i % 32 of word i // 32 is set.
     """
+    if fused_ops(logits) is cpu_kernels:
+        return cpu_kernels.mask_logits(logits, rows, masks)
     bits = torch.arange(32, dtype=torch.int32, device=logits.device)
     is_forbidden = ((masks.unsqueeze(-1) >> bits) & 1 == 0).flatten(1)[:, : logits.shape[1]]
     logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(is_forbidden, -math.inf))

@@ -21,13 +21,14 @@ from transformers.generation.logits_process import (
 
 from helpers import chi_squared_p
 from nanovllm.engine.batch import splitmix64
-from nanovllm.engine.options import BatchOptions
+from nanovllm.engine.options import BatchOptions, bit_mask
 from nanovllm.engine.sampling import OptionsSampler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers import cpu_kernels
 from nanovllm.layers.cpu_kernels.compiled import load_kernels
 from nanovllm.layers.logits_processor import (
     Options,
+    apply_masks,
     edit_logits,
     filter_logits,
     logprob_entries,
@@ -393,6 +394,18 @@ def test_processors_see_the_completion_and_come_before_the_penalties():
     edited = edit(torch.zeros(VOCAB), SamplingParams(logits_processors=[process], presence_penalty=0.5), [1], [2, 3])
     assert seen == [[2, 3]]
     assert edited[[1, 2, 3]].tolist() == [1.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 100, 1000])
+def test_masks_forbid_what_their_bits_do_not_allow(vocab_size, dtype):
+    logits = torch.randn(5, vocab_size + 8).to(DEVICE, dtype)[:, :vocab_size]
+    is_allowed = torch.rand(3, vocab_size) < torch.tensor([0.5, 0.01, 0.99]).unsqueeze(1)
+    masks = np.stack([bit_mask(row.nonzero().flatten().tolist(), vocab_size) for row in is_allowed])
+    rows, expected = torch.tensor([4, 0, 3]), logits.clone()
+    expected[rows] = expected[rows].masked_fill(~is_allowed.to(DEVICE), -torch.inf)
+    apply_masks(logits, rows.to(DEVICE), torch.from_numpy(masks).to(DEVICE))
+    assert torch.equal(logits, expected)
 
 
 def test_a_request_that_forbids_everything_ignores_its_rules_with_a_warning(road):

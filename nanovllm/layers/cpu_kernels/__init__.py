@@ -180,6 +180,12 @@ def sample_with_options(
     return tokens, is_ignored
 
 
+def mask_logits(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    """See `nanovllm.layers.logits_processor.apply_masks`."""
+    assert logits.stride(1) == 1 and masks.is_contiguous() and (rows.dtype, masks.dtype) == (torch.int64, torch.int32)
+    call("mask_logits", logits, logits.stride(0), rows, masks, len(rows), logits.shape[1])
+
+
 def token_logprobs(logits: Tensor, rows: Tensor, tokens: Tensor, num_top: np.ndarray) -> tuple[Tensor, ...]:
     """See `nanovllm.layers.logits_processor.token_logprobs`."""
     assert logits.stride(1) == 1

@@ -32,6 +32,7 @@ SIGNATURES = {
     "silu_and_mul": "ppipii",
     "sample": "pippppii",
     "token_logprobs": "pipppppppiii",
+    "mask_logits": "pippii",
     "replay": "pi",
     "set_num_threads": "i",
     "set_default_threads": "i",

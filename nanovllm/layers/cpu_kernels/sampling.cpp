@@ -289,4 +289,16 @@ EXPORT void token_logprobs(const bf16* logits, int64_t stride, const int64_t* ro
     });
 }
 
+// Makes -inf of the tokens of rows of logits whose bit in a mask is 0.
+EXPORT void mask_logits(bf16* logits, int64_t stride, const int64_t* rows, const uint16_t* masks, int64_t num_rows,
+                        int64_t v) {
+    parallel_for(num_rows, 2, [&](int64_t row) {
+        bf16* x = logits + rows[row] * stride;
+        const uint16_t* mask = masks + row * ((v + 31) / 32 * 2);
+        for (int64_t i = 0; i < v; i += 16)
+            if (__mmask16 forbidden = ~mask[i / 16] & lanes(v - i))
+                _mm256_mask_storeu_epi16(x + i, forbidden, _mm256_set1_epi16((int16_t)0xff80));
+    });
+}
+
 REPLAYABLE(sample)
