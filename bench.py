@@ -110,7 +110,7 @@ SAMPLING = {  # options of all sequences beside the temperature; random weights 
     "frequency": {"frequency_penalty": 0.5},
     "logit_bias": {"logit_bias": {token_id: 1.0 for token_id in range(0, 1000, 10)}},
     "bad_words": {"bad_words": ["hello", "a longer one"]},
-    "min_tokens": {"min_tokens": 99, "stop_token_ids": [7, 8]},
+    "min_tokens": {"min_tokens": 29, "stop_token_ids": [7, 8]},
     "allowed_token_ids": {"allowed_token_ids": range(1000)},
     "logprobs=1": {"logprobs": 1},
     "logprobs=20": {"logprobs": 20},
@@ -480,45 +480,49 @@ def parts(args: argparse.Namespace, config: Config) -> Figures:
 
 def sampling(args: argparse.Namespace, config: Config) -> Figures:
     """Milliseconds of a decode step in which each of `SAMPLING` is asked for by all sequences, each sequence asks for
-    another one, or one asks for all; and how much longer that is than just before with a temperature alone.
+    another one, or one asks for all; and how much longer that is than a step with a temperature alone.
 
-    Medians over rounds, in each of which every two take turns.
+    Two engines take turns with their steps, one of them with options: medians of the pairs of all rounds.
     """
-    llm = LLM(str(config.model_path), **engine_options(args))
-    length = llm.config.kvcache_block_size + 1  # all but the last token are cached
-    lengths = dict(zip(LENGTHS, (args.num_seqs, length, length, 1, 1), strict=True))
+    num_seqs = args.num_seqs
+    llms = [LLM(str(config.model_path), **engine_options(args) | {"num_kvcache_blocks": 3 * num_seqs}) for _ in "ab"]
+    length = llms[0].config.kvcache_block_size + 1  # all but the last token are cached
+    lengths = dict(zip(LENGTHS, (num_seqs, length, length, 1, 1), strict=True))
     prompts = make_workload(lengths, args.seed, config.hf_config.vocab_size).prompts
-    common = {"temperature": args.temperature, "max_tokens": 100, "ignore_eos": True}
-    plain = SamplingParams(**common)
-    kinds = {kind: SamplingParams(**common | options) for kind, options in SAMPLING.items()
-             if "bad_words" not in options or llm.tokenizer}  # fmt: skip
-    mixed = list(kinds.values())
-    every = SamplingParams(**{name: value for options in SAMPLING.values() for name, value in options.items()
-                              if name != "bad_words"} | common)  # fmt: skip
-    cases = {kind: [params] * args.num_seqs for kind, params in kinds.items()}
-    cases["all, mixed"] = [mixed[i % len(mixed)] for i in range(args.num_seqs)]
-    cases["one has all"] = [every] + [plain] * (args.num_seqs - 1)
+    common = {"temperature": args.temperature, "max_tokens": 30, "ignore_eos": True}
+    asked = {kind: options for kind, options in SAMPLING.items() if "bad_words" not in options or llms[0].tokenizer}
+    plain, *kinds = [SamplingParams(**common | options) for options in ({}, *asked.values())]
+    every = SamplingParams(**{name: value for options in asked.values() for name, value in options.items()} | common)
+    cases = {kind: [params] * num_seqs for kind, params in zip(asked, kinds, strict=True)}
+    cases["all, mixed"] = [kinds[i % len(kinds)] for i in range(num_seqs)]
+    cases["one has all"] = [every] + [plain] * (num_seqs - 1)
 
-    def step_seconds(params: list[SamplingParams]) -> float:
-        ids = [llm.add_request(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
-        seconds = []
-        while len(seconds) < 2 + SAMPLING_STEPS and not llm.is_finished():
-            start = perf_counter()
-            _, num_tokens = llm.step()
-            if num_tokens == -args.num_seqs:
-                seconds.append(perf_counter() - start)
-        for request_id in ids:
-            llm.abort(request_id)
-        return float(np.median(seconds[2:]))
+    def step_seconds(llm: LLM) -> float:
+        start = perf_counter()
+        llm.step()
+        return perf_counter() - start
 
-    seconds = [[(step_seconds([plain] * args.num_seqs), step_seconds(params)) for params in cases.values()]
-               for _ in range(1 + SAMPLING_ROUNDS)]  # fmt: skip
-    pairs = np.array(seconds[1:])  # [rounds, cases, 2]
-    figures: Figures = {"num_seqs": args.num_seqs, "dtype": dtype_name(config), "device": str(config.device)}
-    figures |= {"vocab_size": config.hf_config.vocab_size, "plain ms": 1e3 * float(np.median(pairs[:, :, 0]))}
-    for i, case in enumerate(cases):
-        figures[f"{case} ms"] = 1e3 * float(np.median(pairs[:, i, 1]))
-        figures[f"{case} ratio"] = float(np.median(pairs[:, i, 1] / pairs[:, i, 0]))
+    def pairs(params: list[SamplingParams]) -> list[list[float]]:
+        """Seconds of a plain step, and of the one before or after it with options."""
+        ids = []
+        for llm, own in zip(llms, ([plain] * num_seqs, params), strict=True):
+            ids.append([llm.add_request(prompt, one) for prompt, one in zip(prompts, own, strict=True)])
+            while llm.step()[1] > 0:
+                pass
+        orders = [slice(None, None, 1 - i % 2 * 2) for i in range(SAMPLING_STEPS)]
+        seconds = [[step_seconds(llm) for llm in llms[order]][order] for order in orders]
+        for llm, own in zip(llms, ids, strict=True):
+            for request_id in own:
+                llm.abort(request_id)
+        return seconds
+
+    rounds = [[pairs(params) for params in cases.values()] for _ in range(1 + SAMPLING_ROUNDS)]
+    seconds = np.array(rounds[1:]).swapaxes(0, 1).reshape(len(cases), -1, 2)
+    figures: Figures = {"num_seqs": num_seqs, "dtype": dtype_name(config), "device": str(config.device)}
+    figures |= {"vocab_size": config.hf_config.vocab_size, "plain ms": 1e3 * float(np.median(seconds[..., 0]))}
+    for case, own in zip(cases, seconds, strict=True):
+        figures[f"{case} ms"] = 1e3 * float(np.median(own[:, 1]))
+        figures[f"{case} ratio"] = float(np.median(own[:, 1] / own[:, 0]))
     return figures
 
 
