@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from nanovllm.engine.block_manager import Block, BlockManager
 from nanovllm.engine.drafts import Drafter
+from nanovllm.engine.forecast import Forecast
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 
 if TYPE_CHECKING:
@@ -49,8 +48,7 @@ class Scheduler:
         self._has_preempted, self._num_running = False, 0  # in this step, and when it began
         self._admission_failed = False  # nothing was released since the head of `waiting` did not fit
         self._forked: list[Sequence] = []  # running ones that may share the block which they write to next
-        self._load: list[tuple[int, int, float]] = []  # of each running sequence, see `_load_of`, while prompts come
-        self._growth = 0.0  # blocks that all of them together will take beside those they hold, if none ended before
+        self._forecast: Forecast | None = None  # of the step, once it is asked
 
     @classmethod
     def of(cls, config: Config) -> Scheduler:
@@ -273,7 +271,7 @@ class Scheduler:
         seqs: list[Sequence] = []
         deferred: list[Sequence] = []
         computing: set[int] = set()  # hashes of the blocks that this step will fill, or a later chunk
-        self._load = []
+        self._forecast = None
         while budget > 0 and len(self.running) < self.max_num_seqs > len(deferred) and (seq := self._head()):
             if manager.num_blocks_for(len(seq)) > len(manager.blocks):  # outgrew the cache, then was preempted
                 self._finish(self.waiting.popleft(), "length")
@@ -301,9 +299,8 @@ class Scheduler:
             self.waiting.popleft()
             seq.status = SequenceStatus.RUNNING
             self.running.append(seq)
-            if self._load:
-                self._load.append(self._load_of(seq))
-                self._growth += self._growth_of(self._load[-1])
+            if self._forecast is not None:
+                self._forecast.add(seq)
         chunked = [self.waiting.popleft()] if self.waiting and self.waiting[0].block_table else []
         self.waiting.extendleft(reversed(chunked + deferred))
         return seqs
@@ -347,39 +344,12 @@ class Scheduler:
                 self.drop_held([seq.source])
 
     def _admits(self, seq: Sequence, hits: list[Block]) -> bool:
-        """Whether the cache will probably hold `seq` beside the running sequences until they finish.
-
-        Every `max_tokens` is known, so the blocks in use can be foreseen: just before the i-th sequence to finish
-        does so, those that finish later have grown by as many tokens and those before have gone. The largest such
-        sum, with lengths scaled by `output_ratio`, must fit. Where the guess is too low, preemption makes room.
-        """
+        """Whether the cache will probably hold `seq` beside the running sequences until they finish."""
         if not self.running:
             return True  # alone it goes as far as it can
-        if not self._load:
-            self._load = [self._load_of(other) for other in self.running]
-            self._growth = sum(map(self._growth_of, self._load))
-        manager = self.block_manager
-        blocks_now = manager.num_blocks_for(len(seq)) - len(hits)
-        available = manager.num_free_blocks - sum(block.ref_count == 0 for block in hits)
-        new = self._load_of(seq, len(hits))
-        if blocks_now > available or self._growth + self._growth_of(new) <= available:
-            return blocks_now <= available  # plainly, without a look at each
-        held, num_tokens, remaining = np.array([*self._load, new]).T
-        order = np.argsort(remaining)
-        num_tokens, remaining = num_tokens[order], remaining[order]
-        num_left = np.arange(len(order), 0, -1)
-        tokens_left = num_tokens[::-1].cumsum()[::-1] + num_left * remaining  # of the i-th and all that outlive it
-        blocks_left = tokens_left / manager.block_size + 0.5 * num_left  # the last block is half full on average
-        return (blocks_left - held.sum()).max() <= available
-
-    def _load_of(self, seq: Sequence, num_held: int | None = None) -> tuple[int, int, float]:
-        """Blocks held, tokens, and tokens expected to come."""
-        num_held = len(seq.block_table) if num_held is None else num_held
-        return num_held, len(seq), max((seq.max_len - len(seq)) * self.output_ratio, 1)
-
-    def _growth_of(self, load: tuple[int, int, float]) -> float:
-        num_held, num_tokens, remaining = load
-        return (num_tokens + remaining) / self.block_manager.block_size + 0.5 - num_held
+        if self._forecast is None:
+            self._forecast = Forecast(self.block_manager, self.running, self.output_ratio)
+        return self._forecast.admits(seq, hits)
 
     # ---- the end
 
