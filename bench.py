@@ -66,8 +66,8 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import make_inputs
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers import cpu_kernels
-from nanovllm.layers.attention_cpu import CPUAttention
+from nanovllm.kernels import cpu as cpu_kernels
+from nanovllm.kernels.plain_attention import CPUAttention
 from nanovllm.utils.device import default_batched_tokens, default_threads, resolve_device, upload
 from nanovllm.utils.timeline import record
 from nanovllm.utils.timeline_svg import draw

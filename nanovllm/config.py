@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
-from nanovllm.layers.attention import BACKENDS
+from nanovllm.kernels.attention import BACKENDS
 from nanovllm.layers.rotary_embedding import rope_settings
 from nanovllm.models import MODELS
 from nanovllm.utils.checks import check_bool, check_choice, check_float, check_int, nearest_name, reading

@@ -36,7 +36,8 @@ import torch
 import bench
 from helpers import DEMO_MODEL, random_prompts, reference_tokens, save_model
 from nanovllm import LLM, SamplingParams
-from nanovllm.layers.attention import BACKENDS, Attention, choose_backend
+from nanovllm.kernels.attention import BACKENDS, choose_backend
+from nanovllm.layers.attention import Attention
 from nanovllm.utils.context import Context
 
 Seen = tuple[str, str, str, bool | None]

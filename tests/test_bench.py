@@ -13,7 +13,7 @@ from helpers import DEMO_MODEL, ROOT, make_config, save_model
 sys.path.insert(0, str(ROOT))
 
 import bench
-from nanovllm.layers import cpu_kernels
+from nanovllm.kernels import cpu as cpu_kernels
 
 SMALL = ["--num-seqs", "3", "--max-input-len", "40", "--max-output-len", "34", "--max-model-len", "128"]
 PER_ENGINE = ["prompt tokens", "output tokens", "time", "output", "total", "peak memory", "floor", "of the floor"]

@@ -14,7 +14,8 @@ from tests import gpu_checks
 DRY = """
 import os, sys, time
 from unittest.mock import MagicMock
-for name in ("torch", "bench", "helpers", "nanovllm", "nanovllm.layers.attention", "nanovllm.utils.context"):
+names = "", ".kernels.attention", ".layers.attention", ".utils.context"
+for name in ("torch", "bench", "helpers", *("nanovllm" + name for name in names)):
     sys.modules[name] = MagicMock()  # what takes long to import, and is not needed here
 sys.path.insert(0, ".")
 from tests import gpu_checks

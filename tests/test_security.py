@@ -12,7 +12,7 @@ import pytest
 from helpers import DEMO_MODEL, save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.batch.lines import LineError, parse_line
-from nanovllm.layers.cpu_kernels import build
+from nanovllm.kernels.cpu import build
 
 SETTINGS = {"dtype": "float32", "device": "cpu", "num_kvcache_blocks": 16}
 

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from nanovllm.engine.batch import Batch
-from nanovllm.layers.cpu_kernels.compiled import Memory, Recording
+from nanovllm.kernels.cpu.compiled import Memory, Recording
 from nanovllm.utils.context import Context, Step, use_step
 from nanovllm.utils.device import ALIGNMENT, upload
 from nanovllm.utils.timeline import mark

@@ -20,11 +20,12 @@ from nanovllm.engine.cuda_graphs import DecodeGraphs, RecordedSteps, graph_sizes
 from nanovllm.engine.grammar import MaskMaker
 from nanovllm.engine.sampling import OptionsSampler, Samples
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers import cpu_kernels
-from nanovllm.layers.attention import Attention, AttentionBackend, choose_backend
-from nanovllm.layers.attention_cpu import CPUAttention
+from nanovllm.kernels import cpu as cpu_kernels
+from nanovllm.kernels.attention import AttentionBackend, choose_backend
+from nanovllm.kernels.fused import triton_problem
+from nanovllm.kernels.plain_attention import CPUAttention
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.experts import Experts, Router
-from nanovllm.layers.fused import triton_problem
 from nanovllm.layers.logits_processor import logprob_entries, num_top_of, token_logprobs
 from nanovllm.layers.parallel_sampler import sample_on_ranks
 from nanovllm.layers.sampler import sample

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanovllm.layers.fused import triton_problem
+from nanovllm.kernels.fused import triton_problem
 from nanovllm.layers.weight import linear
 
 
@@ -35,7 +35,7 @@ class Experts(nn.ModuleList):
     def forward(self, x: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
         """[T, H], [T, K] and [T, K] of `Router` -> [T, H], the chosen experts' sum."""
         if has_grouped_products(x):
-            return import_module("nanovllm.layers.experts_triton").mix(x, chosen, counts, self)
+            return import_module("nanovllm.kernels.triton_experts").mix(x, chosen, counts, self)
         out, chosen = torch.zeros_like(x, dtype=torch.float32), chosen.cpu().numpy()
         for expert in np.unique(chosen).tolist():  # in the same order for each token, whatever others chose
             rows, places = (torch.from_numpy(i).to(x.device) for i in (chosen == expert).nonzero())

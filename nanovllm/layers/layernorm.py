@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from nanovllm.layers.fused import fused_ops
+from nanovllm.kernels.fused import fused_ops
 
 
 class RMSNorm(nn.Module):

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.layers import cpu_kernels
-from nanovllm.layers.fused import fused_ops
+from nanovllm.kernels import cpu as cpu_kernels
+from nanovllm.kernels.fused import fused_ops
 from nanovllm.layers.sampler import sample
 from nanovllm.utils.device import upload
 

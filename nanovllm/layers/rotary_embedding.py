@@ -5,7 +5,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nanovllm.layers.fused import fused_ops
+from nanovllm.kernels.fused import fused_ops
 from nanovllm.layers.layernorm import RMSNorm
 
 

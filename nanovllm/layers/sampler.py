@@ -6,7 +6,7 @@ Legend: S sequences, V vocabulary, C tokens in a chunk of it.
 import torch
 from torch import Tensor
 
-from nanovllm.layers.fused import fused_ops
+from nanovllm.kernels.fused import fused_ops
 
 CHUNK = 512
 

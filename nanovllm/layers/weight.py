@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovllm.layers import cpu_kernels
+from nanovllm.kernels import cpu as cpu_kernels
 from nanovllm.utils.checks import check_choice
 from nanovllm.utils.device import cpu_has
 
-# One that is no tensor has `shape`, `nbytes`, `linear` and `rows`; on CUDA it is a `linear_triton.TritonWeight`.
+# One that is no tensor has `shape`, `nbytes`, `linear` and `rows`; on CUDA it is a `triton_linear.TritonWeight`.
 Weight = torch.Tensor | cpu_kernels.PackedWeight | cpu_kernels.Int8Weight
 
 
@@ -80,7 +80,7 @@ def pack(weight: nn.Parameter, quantization: str | None, products: str) -> Weigh
     `quantization` was checked; without any, `products` is what `choose_products` says.
     """
     if weight.dim() == 2 and products == "triton":
-        return import_module("nanovllm.layers.linear_triton").TritonWeight(weight)
+        return import_module("nanovllm.kernels.triton_linear").TritonWeight(weight)
     if weight.dim() != 2 or not cpu_kernels.has_kernels(weight, inputs=weight.shape[1]):
         return weight
     if quantization is not None:

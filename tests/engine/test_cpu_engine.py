@@ -8,9 +8,10 @@ import torch
 from helpers import DEMO_MODEL, random_prompts, save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.cuda_graphs import RecordedSteps
-from nanovllm.layers import cpu_kernels, weight
-from nanovllm.layers.cpu_kernels import Int8Weight, PackedWeight
-from nanovllm.layers.cpu_kernels.compiled import load_kernels
+from nanovllm.kernels import cpu as cpu_kernels
+from nanovllm.kernels.cpu import Int8Weight, PackedWeight
+from nanovllm.kernels.cpu.compiled import load_kernels
+from nanovllm.layers import weight
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
 SETTINGS = {"kvcache_block_size": 16, "num_kvcache_blocks": 60, "dtype": "bfloat16", "device": "cpu"}

@@ -10,7 +10,7 @@ from helpers import DEMO_MODEL, random_prompts, reference_tokens, save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.drafts import NGRAMS, Drafter, look_up
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.cpu_kernels.compiled import load_kernels
+from nanovllm.kernels.cpu.compiled import load_kernels
 
 KEYS = "token_ids", "text", "finish_reason", "stop_reason", "logprobs", "cumulative_logprob"
 

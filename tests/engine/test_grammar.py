@@ -20,7 +20,7 @@ from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.drafts import Drafter
 from nanovllm.engine.grammar import MaskMaker
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.cpu_kernels import load_kernels
+from nanovllm.kernels.cpu import load_kernels
 from schemas import SCHEMAS, record, several, string, whole
 
 SETTINGS = {"device": "cpu", "kvcache_block_size": 16}

@@ -7,9 +7,9 @@ from helpers import random_prompts, save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.sampling import OptionsSampler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.kernels.cpu import PackedWeight
+from nanovllm.kernels.cpu.compiled import load_kernels
 from nanovllm.layers import weight
-from nanovllm.layers.cpu_kernels import PackedWeight
-from nanovllm.layers.cpu_kernels.compiled import load_kernels
 from nanovllm.layers.sampler import sample
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
@@ -143,11 +143,11 @@ def test_batch_invariant_refuses_sums_whose_order_depends_on_their_number(tmp_pa
 def test_an_engine_on_the_triton_kernels_changes_no_bit(tmp_path, monkeypatch):
     """In Triton's interpreter; what lies between these kernels is plain PyTorch's there, row by row."""
     pytest.importorskip("triton")
-    from nanovllm.layers import attention_invariant_triton
-    from nanovllm.layers.linear_triton import TritonWeight
+    from nanovllm.kernels import triton_invariant_attention
+    from nanovllm.kernels.triton_linear import TritonWeight
 
-    backend = attention_invariant_triton.InvariantTritonAttention
-    monkeypatch.setattr(attention_invariant_triton, "SPLIT", 32)
+    backend = triton_invariant_attention.InvariantTritonAttention
+    monkeypatch.setattr(triton_invariant_attention, "SPLIT", 32)
     monkeypatch.setattr("nanovllm.engine.model_runner.choose_backend", lambda *settings: backend)
     monkeypatch.setattr("nanovllm.engine.model_runner.pack", lambda x, *_: TritonWeight(x) if x.dim() == 2 else x)
     save_model(tmp_path, num_hidden_layers=1, vocab_size=64)

@@ -20,10 +20,10 @@ def record_engine(
     from nanovllm import LLM, SamplingParams
     from nanovllm.engine import cuda_graphs, model_runner
     from nanovllm.engine.model_runner import ModelRunner
-    from nanovllm.layers import attention, fused, fused_triton
-    from nanovllm.layers.attention_invariant_triton import InvariantTritonAttention
-    from nanovllm.layers.attention_triton import TritonAttention
-    from nanovllm.layers.linear_triton import TritonWeight
+    from nanovllm.kernels import attention, fused, triton_fused
+    from nanovllm.kernels.triton_attention import TritonAttention
+    from nanovllm.kernels.triton_invariant_attention import InvariantTritonAttention
+    from nanovllm.kernels.triton_linear import TritonWeight
 
     backend = InvariantTritonAttention if batch_invariant else TritonAttention
 
@@ -46,7 +46,7 @@ def record_engine(
     model_runner.pack = lambda x, *_: TritonWeight(x) if batch_invariant and x.dim() == 2 else x
     attention.TOLERANCE = float("inf")
     attention.BACKENDS["triton"] = lambda *settings: (backend, "triton")
-    fused._kernels = lambda *_: fused_triton
+    fused._kernels = lambda *_: triton_fused
     cuda_graphs.capture = lambda work, pool: (Graph(), work())
     cuda_graphs.LARGEST = 4
 

@@ -20,7 +20,7 @@ from helpers import DEMO_MODEL, default_interrupts, random_prompts, reference_to
 from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine import drafts, workers
-from nanovllm.layers.cpu_kernels.compiled import load_kernels
+from nanovllm.kernels.cpu.compiled import load_kernels
 from nanovllm.models import MODELS
 from nanovllm.utils import loader
 from nanovllm.utils.parallel import TensorParallel

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from nanovllm.layers.attention_cpu import CPUAttention
+from nanovllm.kernels.plain_attention import CPUAttention
 from nanovllm.utils.context import Context
 
 BACKENDS = {"cpu": CPUAttention}

@@ -29,7 +29,7 @@ def integers(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 def launch_step(num_tokens: int, num_seqs: int, shape: tuple[int, int, int, int], columns: int = 16) -> None:
     """A prefill without and with cached prefixes, of many and few tokens, and a decode, as the layers call them."""
-    from nanovllm.layers.attention_triton import TritonAttention
+    from nanovllm.kernels.triton_attention import TritonAttention
 
     num_heads, num_kv_heads, head_dim, block_size = shape
     qkv = torch.empty(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=torch.bfloat16)
@@ -50,9 +50,9 @@ def record_ragged() -> tuple[set[Specialization], set[Specialization], dict[tupl
     """Of a warm-up, and of ragged batches; and how many the latter need if an argument is specialised for."""
     from triton import JITFunction
 
-    from nanovllm.layers import attention_triton
+    from nanovllm.kernels import triton_attention
 
-    attention_triton._device = lambda device: ((9, 0), 132)
+    triton_attention._device = lambda device: ((9, 0), 132)
 
     def launch_ragged():
         for i, (num_tokens, num_seqs) in enumerate(RAGGED):
@@ -68,20 +68,20 @@ def record_ragged() -> tuple[set[Specialization], set[Specialization], dict[tupl
 
     warm_up, ragged = record(lambda: launch_step(14, 2, SHAPES["Qwen3-0.6B"])), record(launch_all)
     careless = {}
-    for name, kernel in vars(attention_triton).copy().items():
-        for argument in attention_triton.RAGGED:
+    for name, kernel in vars(triton_attention).copy().items():
+        for argument in triton_attention.RAGGED:
             if name.endswith("_kernel") and argument in kernel.arg_names:
-                others = [other for other in attention_triton.RAGGED if other != argument]
-                setattr(attention_triton, name, JITFunction(kernel.fn, do_not_specialize=others))
+                others = [other for other in triton_attention.RAGGED if other != argument]
+                setattr(triton_attention, name, JITFunction(kernel.fn, do_not_specialize=others))
                 careless[name, argument] = len(record(launch_ragged))
-                setattr(attention_triton, name, kernel)
+                setattr(triton_attention, name, kernel)
     return warm_up, ragged, careless
 
 
 def record_shapes(arch: int) -> set[Specialization]:
-    from nanovllm.layers import attention_triton
+    from nanovllm.kernels import triton_attention
 
-    attention_triton._device = lambda device: (divmod(arch, 10), 100)
+    triton_attention._device = lambda device: (divmod(arch, 10), 100)
     return record(lambda: [launch_step(17, 2, shape) for shape in SHAPES.values()], arch)
 
 
@@ -96,12 +96,12 @@ def test_no_batch_compiles_anything_after_a_warm_up():
 
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
 def test_what_is_launched_in_bf16_fits_each_architecture(arch):
-    from nanovllm.layers import attention_triton
+    from nanovllm.kernels import triton_attention
 
     every = without_interpreter(record_shapes, arch)
     assert len(every) == 2 * 4 + 2 * 4 + 2 * 4 + 2  # prefill, split, merge, store
     for each in sorted(every, key=str):
-        kernel, constexprs = getattr(attention_triton, each.kernel), dict(each.constexprs)
+        kernel, constexprs = getattr(triton_attention, each.kernel), dict(each.constexprs)
         if each.kernel == "_prefill_kernel" and constexprs["GROUP"] > 2:
             continue  # it only divides by it
         binary = compile_kernel(kernel, dict(each.signature), constexprs, arch, each.num_warps, each.num_stages)

@@ -11,10 +11,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from nanovllm.layers import attention
-from nanovllm.layers.attention import BACKENDS, Attention, choose_backend
-from nanovllm.layers.attention_cpu import CPUAttention
-from nanovllm.layers.attention_flash import FlashAttention2, FlashAttention3, TorchVarlen, copy_blocks, store_kvcache
+from nanovllm.kernels import attention
+from nanovllm.kernels.attention import BACKENDS, choose_backend
+from nanovllm.kernels.flash_attention import FlashAttention2, FlashAttention3, TorchVarlen, copy_blocks, store_kvcache
+from nanovllm.kernels.plain_attention import CPUAttention
+from nanovllm.layers.attention import Attention
 from nanovllm.utils import device as device_utils
 from nanovllm.utils.context import Context
 
@@ -185,7 +186,7 @@ def test_the_stand_in_has_the_signature_of_the_installed_pytorch():
 
 
 def make(name: str):
-    with patch("nanovllm.layers.attention_flash.triton_problem", return_value="it has no CPU"):
+    with patch("nanovllm.kernels.flash_attention.triton_problem", return_value="it has no CPU"):
         return STAND_INS[name]()
 
 
@@ -298,14 +299,14 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         known = {"flash_attn": fa2(), "flash_attn_interface": fa3()}
         finds = {name: ModuleSpec(name, None) if name in installed else None for name in known}
-        file = sys.modules["nanovllm.layers.attention_flash"]
+        file = sys.modules["nanovllm.kernels.flash_attention"]
         monkeypatch.setattr(file, "find_spec", lambda name: finds.get(name, True))
         problem = None if "triton" in installed else "the package triton is not installed"
         for module in (attention, file):
             monkeypatch.setattr(module, "triton_problem", lambda: problem)
         for name in known.keys() & set(installed):
             monkeypatch.setitem(sys.modules, name, known[name])
-        kernels = ModuleType("nanovllm.layers.attention_triton")
+        kernels = ModuleType("nanovllm.kernels.triton_attention")
         kernels.TritonAttention = type("TritonAttention", (), {})
         kernels.store_kvcache, kernels.copy_blocks = store_kvcache, copy_blocks
         monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
@@ -463,7 +464,7 @@ def return_nan(module: ModuleType) -> None:
 def test_what_computes_wrong_is_refused_with_the_reason(spoil, reason, monkeypatch, caplog):
     module = fa2()
     spoil(module)
-    with patch("nanovllm.layers.attention_flash.triton_problem", return_value="it has no CPU"):
+    with patch("nanovllm.kernels.flash_attention.triton_problem", return_value="it has no CPU"):
         backend = FlashAttention2(module)
     monkeypatch.setitem(BACKENDS, "flash_attn", lambda *settings: (backend, "flash_attn"))
     caplog.set_level(logging.INFO, "nanovllm")
@@ -482,14 +483,14 @@ def test_fa2_that_can_split_the_keys_behind_a_table_is_told_not_to():
         return right(*args, block_table=block_table, **kwargs)
 
     module.flash_attn_varlen_func = flash_attn_varlen_func
-    with patch("nanovllm.layers.attention_flash.triton_problem", return_value="it has no CPU"):
+    with patch("nanovllm.kernels.flash_attention.triton_problem", return_value="it has no CPU"):
         attention._check_outputs(FlashAttention2(module), CPU, torch.bfloat16, LAYER, 256)
     assert asked == [(False, 0), (True, 1)]
 
 
 def test_each_backend_has_blocks_of_its_own_size(monkeypatch):
     """FlashAttention 2 takes multiples of 256; the others are as fast with small ones, and find more in the cache."""
-    with patch("nanovllm.layers.attention_flash.triton_problem", return_value="it has no CPU"):
+    with patch("nanovllm.kernels.flash_attention.triton_problem", return_value="it has no CPU"):
         backend = FlashAttention2(fa2())
     opened = []
     monkeypatch.setitem(BACKENDS, "flash_attn", lambda *settings: opened.append(settings[3]) or (backend, "flash_attn"))

@@ -17,9 +17,10 @@ import triton
 from aot import ALL, ARCHITECTURES, SHARED_LIMIT, compile_kernel
 from helpers import random_prompts, reference_tokens, save_model
 from nanovllm import LLM, SamplingParams
-from nanovllm.layers import attention_triton
-from nanovllm.layers.attention import Attention, _check_outputs
-from nanovllm.layers.attention_triton import TritonAttention, store_kvcache
+from nanovllm.kernels import triton_attention
+from nanovllm.kernels.attention import _check_outputs
+from nanovllm.kernels.triton_attention import TritonAttention, store_kvcache
+from nanovllm.layers.attention import Attention
 from nanovllm.utils.context import Context
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,10 +119,10 @@ def test_prefill_of_whole_prompts_reads_only_the_step(shape, dtype):
 
 def fill_gpu(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
     """Has kernels split the keys so that they have `num_rows` rows; with one there is nothing to merge."""
-    monkeypatch.setattr(attention_triton, "_device", lambda device: ((9, 0), 1))
-    monkeypatch.setattr(attention_triton, "ROWS_PER_SM", num_rows)
+    monkeypatch.setattr(triton_attention, "_device", lambda device: ((9, 0), 1))
+    monkeypatch.setattr(triton_attention, "ROWS_PER_SM", num_rows)
     if num_rows == 1:
-        monkeypatch.setattr(attention_triton, "_merge_splits_kernel", None)
+        monkeypatch.setattr(triton_attention, "_merge_splits_kernel", None)
 
 
 def prefill_cached(case: Case) -> torch.Tensor:
@@ -141,7 +142,7 @@ def test_prefill_over_cached_prefixes_reads_only_the_cache(shape, dtype):
 @pytest.mark.parametrize("num_rows", [1, 4000])
 @pytest.mark.parametrize(("shape", "dtype"), GRID[:6], ids=str)
 def test_few_queries_over_long_prefixes_split_the_keys(shape, dtype, num_rows, monkeypatch):
-    monkeypatch.setattr(attention_triton, "_prefill_kernel", None)
+    monkeypatch.setattr(triton_attention, "_prefill_kernel", None)
     fill_gpu(monkeypatch, num_rows)
     case = Case(shape, [150, 1, 70, 90], dtype, new=[5, 1, 64, 17])
     close(prefill_cached(case), case.prefill_reference())
@@ -250,36 +251,36 @@ def check_binary(kernel, tensors: str, others: str, arch: int, dtype: torch.dtyp
 def test_kernels_fit_each_architecture(arch, dtype, head_dim, group, block_size):
     capability, block_d = divmod(arch, 10), triton.next_power_of_2(head_dim)
     for block, few in ((0, 0), (block_size, 64)):  # without and with a cached prefix
-        config = attention_triton.prefill_config(capability, head_dim, dtype)
+        config = triton_attention.prefill_config(capability, head_dim, dtype)
         constexprs = {"H": 16, "GROUP": group, "D": head_dim, "BLOCK_D": block_d, "BLOCK_SIZE": block, "FEW": few}
         check_binary(
-            attention_triton._prefill_kernel, "q k v out",
+            triton_attention._prefill_kernel, "q k v out",
             "cu_seqlens_q=*i32 cu_seqlens_k=*i32 block_tables=*i32 num_seqs=i32 columns=i32 "
             "q_stride=i32:16 k_stride=i32:16 v_stride=i32:16",
             arch, dtype, constexprs | config,
         )  # fmt: skip
     few = {"D": head_dim, "BLOCK_D": block_d, "FEW": 64}
     for is_decode in (True, False):
-        config = attention_triton.split_config(capability, head_dim, dtype, group, is_decode)
+        config = triton_attention.split_config(capability, head_dim, dtype, group, is_decode)
         constexprs, bounds = ({"cu_seqlens_q": None}, "") if is_decode else ({}, "cu_seqlens_q=*i32 ")
         check_binary(
-            attention_triton._split_kernel, "q k_cache v_cache out",
+            triton_attention._split_kernel, "q k_cache v_cache out",
             "partial=*fp32:16 log_sums=*fp32:16 " + bounds + "context_lens=*i32 block_tables=*i32 columns=i32 most=i32 "
             "q_stride=i32:16",
             arch, dtype, {"KH": 8, "GROUP": group, "BLOCK_SIZE": block_size} | few | config | constexprs,
         )  # fmt: skip
         check_binary(
-            attention_triton._merge_splits_kernel, "out",
+            triton_attention._merge_splits_kernel, "out",
             "partial=*fp32:16 log_sums=*fp32:16 " + bounds + "context_lens=*i32 most=i32 num_splits=i32",
-            arch, dtype, {"H": 16, "TILE": config["TILE"], "CHUNK": attention_triton.MERGED} | few | constexprs,
+            arch, dtype, {"H": 16, "TILE": config["TILE"], "CHUNK": triton_attention.MERGED} | few | constexprs,
         )  # fmt: skip
     check_binary(
-        attention_triton._store_kernel, "k v k_cache v_cache", "slots=*i64 k_stride=i32:16 v_stride=i32:16",
+        triton_attention._store_kernel, "k v k_cache v_cache", "slots=*i64 k_stride=i32:16 v_stride=i32:16",
         arch, dtype, {"SIZE": 8 * head_dim, "BLOCK": 8 * block_d},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("module", ["attention_triton", "fused_triton"])
+@pytest.mark.parametrize("module", ["triton_attention", "triton_fused"])
 def test_kernels_call_nothing_but_the_language_and_each_other(module):
     """Python's own `min` and `max` and Triton's helpers for the host compile in some versions of Triton only."""
     module = importlib.import_module(f"nanovllm.layers.{module}")

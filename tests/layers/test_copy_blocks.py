@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from aot import SHARED_LIMIT, compile_kernel
-from nanovllm.layers import attention_flash
-from nanovllm.layers.attention_cpu import CPUAttention
+from nanovllm.kernels import flash_attention
+from nanovllm.kernels.plain_attention import CPUAttention
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,10 +20,10 @@ def get_backend(name: str):
     if name == "cpu":
         return CPUAttention
     if name == "flash":  # what it does without Triton
-        cache_shape = attention_flash._PagedAttention.cache_shape
-        return SimpleNamespace(cache_shape=cache_shape, copy_blocks=attention_flash.copy_blocks)
+        cache_shape = flash_attention._PagedAttention.cache_shape
+        return SimpleNamespace(cache_shape=cache_shape, copy_blocks=flash_attention.copy_blocks)
     pytest.importorskip("triton", reason="triton is published for Linux only")
-    return import_module("nanovllm.layers.attention_triton").TritonAttention
+    return import_module("nanovllm.kernels.triton_attention").TritonAttention
 
 
 def slots(backend, cache: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_copies_are_done_in_order_and_of_filled_slots_only(name, num_kv_heads, h
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_the_kernel_compiles_for_each_architecture_and_its_copies_wait_for_each_other(arch):
     get_backend("triton")
-    kernel = import_module("nanovllm.layers.attention_triton")._copy_kernel
+    kernel = import_module("nanovllm.kernels.triton_attention")._copy_kernel
     signature = {"k_cache": "*bf16:16", "v_cache": "*bf16:16", "copies": "*i64:16", "num_copies": "i32"}
     binary = compile_kernel(kernel, signature, {"ROW": 1024, "BLOCK": 256 * 1024, "CHUNK": 1024}, arch)
     assert binary.spilled == 0 and binary.shared == 0

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from helpers import ROOT, chi_squared_p
-from nanovllm.layers import cpu_kernels
-from nanovllm.layers.cpu_kernels import Int8Weight, PackedWeight, build, compiled
-from nanovllm.layers.cpu_kernels.compiled import Memory, Recording, load_kernels
+from nanovllm.kernels import cpu as cpu_kernels
+from nanovllm.kernels.cpu import Int8Weight, PackedWeight, build, compiled
+from nanovllm.kernels.cpu.compiled import Memory, Recording, load_kernels
 from nanovllm.layers.layernorm import RMSNorm
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
@@ -328,7 +328,7 @@ def test_processors_without_the_instructions_get_plain_pytorch_silently(monkeypa
 THREADS = """
 import os, sys, torch
 from concurrent.futures import ThreadPoolExecutor
-from nanovllm.layers import cpu_kernels
+from nanovllm.kernels import cpu as cpu_kernels
 torch.manual_seed(0)
 x = torch.randn(37, 512).bfloat16()
 weight = cpu_kernels.PackedWeight(torch.randn(1056, 512).bfloat16())

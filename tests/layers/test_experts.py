@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from aot import ARCHITECTURES, SHARED_LIMIT, compile_kernel
-from nanovllm.layers import experts, experts_triton
+from nanovllm.kernels import triton_experts
+from nanovllm.layers import experts
 from nanovllm.layers.experts import Experts, Router
 from nanovllm.models.decoder import DecoderMLP
 from nanovllm.utils.parallel import TensorParallel
@@ -43,7 +44,7 @@ def test_a_tile_has_the_choices_of_one_expert_and_each_choice_one_place(rows):
     torch.manual_seed(rows)
     for num_tokens, num_experts in ((1, 8), (5, 300), (200, 8), (64, 1), (33, 128)):
         chosen = torch.randint(num_experts, (num_tokens, 4))
-        tiles, of_tile = experts_triton.sort_by_expert(chosen, num_experts, rows)
+        tiles, of_tile = triton_experts.sort_by_expert(chosen, num_experts, rows)
         used = tiles[tiles >= 0]
         assert used.sort().values.tolist() == list(range(num_tokens * 4))
         for tile, expert in zip(tiles, of_tile, strict=True):
@@ -70,5 +71,5 @@ def test_grouped_kernel_compiles_ahead_of_time(arch, dtype, rows):
     signature = {name: f"*{dtype}:16" for name in ("x", "like", "out")}
     signature |= dict.fromkeys(["addresses", "tiles", "of_tile"], "*i64:16") | {"x_stride": "i32:16"}
     sizes = {"NUM_CHOSEN": 8, "N": 1536, "K": 2048, "ROWS": rows, "COLUMNS": 64, "DEPTH": 32 if dtype == "fp32" else 64}
-    binary = compile_kernel(experts_triton._grouped_kernel, signature, sizes, arch, num_warps=4, num_stages=3)
+    binary = compile_kernel(triton_experts._grouped_kernel, signature, sizes, arch, num_warps=4, num_stages=3)
     assert binary.shared <= SHARED_LIMIT[arch] and binary.spilled == 0

@@ -5,10 +5,11 @@ import logging
 import pytest
 import torch
 
-from nanovllm.layers import attention, fused
-from nanovllm.layers.attention import Attention, choose_backend
-from nanovllm.layers.attention_cpu import CPUAttention
-from nanovllm.layers.attention_flash import TorchVarlen, store_kvcache
+from nanovllm.kernels import attention, fused
+from nanovllm.kernels.attention import choose_backend
+from nanovllm.kernels.flash_attention import TorchVarlen, store_kvcache
+from nanovllm.kernels.plain_attention import CPUAttention
+from nanovllm.layers.attention import Attention
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
 
@@ -19,13 +20,13 @@ CUDA = torch.device("cuda")
 @pytest.fixture
 def gpu(monkeypatch):
     """Pretends that there is a GPU of that capability, on which the kernel that is tried does as `silu_and_mul`."""
-    from nanovllm.layers import fused_triton
+    from nanovllm.kernels import triton_fused
 
-    def pretend(capability=(9, 0), silu_and_mul=fused_triton.silu_and_mul) -> list[object]:
+    def pretend(capability=(9, 0), silu_and_mul=triton_fused.silu_and_mul) -> list[object]:
         tried, ones = [], torch.ones
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape, device=DEVICE))
-        monkeypatch.setattr(fused_triton, "silu_and_mul", lambda *args: tried.append(args) or silu_and_mul(*args))
+        monkeypatch.setattr(triton_fused, "silu_and_mul", lambda *args: tried.append(args) or silu_and_mul(*args))
         return tried
 
     fused.triton_problem.cache_clear()
@@ -40,12 +41,12 @@ def no_compiler(*args):
 
 
 def test_where_a_kernel_has_worked_all_use_triton(gpu, caplog):
-    from nanovllm.layers import attention_triton, fused_triton
+    from nanovllm.kernels import triton_attention, triton_fused
 
     tried = gpu()
-    assert fused._kernels("cuda", torch.float16) is fused_triton
-    assert TorchVarlen(None).store is attention_triton.store_kvcache
-    assert attention.open_triton(CUDA, torch.float16, 64, 256)[0] is attention_triton.TritonAttention
+    assert fused._kernels("cuda", torch.float16) is triton_fused
+    assert TorchVarlen(None).store is triton_attention.store_kvcache
+    assert attention.open_triton(CUDA, torch.float16, 64, 256)[0] is triton_attention.TritonAttention
     assert len(tried) == 1 and not caplog.records
 
 
@@ -82,7 +83,7 @@ def test_an_engine_without_triton_starts_and_says_so_twice(gpu, caplog, monkeypa
 
 
 def test_batch_invariant_takes_its_own_attention_or_none(gpu, monkeypatch):
-    from nanovllm.layers.attention_invariant_triton import InvariantTritonAttention
+    from nanovllm.kernels.triton_invariant_attention import InvariantTritonAttention
 
     gpu()
     monkeypatch.setattr(attention, "_check_outputs", lambda *settings: None)

@@ -12,7 +12,7 @@ from aot import ARCHITECTURES, Binary, compile_kernel
 from helpers import make_config, random_prompts, save_model
 from launches import Specialization, record, without_interpreter
 from nanovllm import LLM, SamplingParams
-from nanovllm.layers import fused
+from nanovllm.kernels import fused
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
@@ -26,9 +26,9 @@ GUARD = 8192  # elements on each side of an output, more than any block
 
 @pytest.fixture
 def ops():
-    from nanovllm.layers import fused_triton
+    from nanovllm.kernels import triton_fused
 
-    return fused_triton
+    return triton_fused
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +184,7 @@ RAGGED = [1, 2, 3, 8, 15, 16, 17, 64, 100, 257]
 
 def launch_step(num_tokens: int, num_seqs: int, shape: tuple[int, ...]) -> None:
     """The kernels of a step, as the layers and the runner call them; small inputs lie anywhere in one buffer."""
-    from nanovllm.layers import fused_triton as ops
+    from nanovllm.kernels import triton_fused as ops
 
     hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size = shape
     bf16 = {"dtype": torch.bfloat16}
@@ -218,7 +218,7 @@ class Recorded(NamedTuple):
 def record_all() -> tuple:
     from triton import JITFunction
 
-    from nanovllm.layers import fused_triton as ops
+    from nanovllm.kernels import triton_fused as ops
 
     def launch_ragged():
         for num_tokens, num_seqs in zip(RAGGED, reversed(RAGGED), strict=True):

@@ -13,11 +13,12 @@ pytest.importorskip("triton")
 import triton
 
 from aot import ALL, ARCHITECTURES, SHARED_LIMIT, compile_kernel
-from nanovllm.layers import attention_invariant_triton, linear_triton
-from nanovllm.layers.attention import Attention, _check_outputs
-from nanovllm.layers.attention_invariant_triton import InvariantTritonAttention, invariant_config
-from nanovllm.layers.attention_triton import store_kvcache
-from nanovllm.layers.linear_triton import TritonWeight, linear_config
+from nanovllm.kernels import triton_invariant_attention, triton_linear
+from nanovllm.kernels.attention import _check_outputs
+from nanovllm.kernels.triton_attention import store_kvcache
+from nanovllm.kernels.triton_invariant_attention import InvariantTritonAttention, invariant_config
+from nanovllm.kernels.triton_linear import TritonWeight, linear_config
+from nanovllm.layers.attention import Attention
 from nanovllm.utils.context import Context
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,7 +76,7 @@ def ints(values: list[int]) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def short_splits(monkeypatch):
-    monkeypatch.setattr(attention_invariant_triton, "SPLIT", 64)
+    monkeypatch.setattr(triton_invariant_attention, "SPLIT", 64)
 
 
 @by_dtype
@@ -89,7 +90,7 @@ def test_attention_of_a_token_is_the_same_in_every_step(shape, block_size, dtype
         steps = [[*before, (0, *cut)] for cut in pairwise(cuts)]
         assert torch.equal(torch.cat([sequences.cached(step, block_size)[-1] for step in steps]), expected)
     for num_sms in (0, 1000):  # each sequence's keys are one program's, and many programs'
-        monkeypatch.setattr(attention_invariant_triton, "_device", lambda device: ((9, 0), num_sms))  # noqa: B023
+        monkeypatch.setattr(triton_invariant_attention, "_device", lambda device: ((9, 0), num_sms))  # noqa: B023
         for position in (0, 64, 99):
             step = [(1, 30, 31), (3, 64, 65), (0, position, position + 1)]
             for others in (step, step[2:]):
@@ -115,7 +116,7 @@ def test_rows_that_pad_a_graph_read_nothing(monkeypatch):
     nothing = torch.full((4, 16, 1, 32), torch.nan, device=DEVICE)
     context = Context(context_lens=ints([0, 0]), block_tables=torch.full((2, 9), 10**6).int().to(DEVICE))
     for num_sms in (0, 1000):
-        monkeypatch.setattr(attention_invariant_triton, "_device", lambda device: ((9, 0), num_sms))  # noqa: B023
+        monkeypatch.setattr(triton_invariant_attention, "_device", lambda device: ((9, 0), num_sms))  # noqa: B023
         q = torch.full((2, 2, 32), torch.nan, device=DEVICE)
         assert (InvariantTritonAttention.decode(q, nothing, nothing, context) == 0).all()
 
@@ -160,13 +161,13 @@ def test_attention_kernels_fit_each_architecture(arch, dtype, head_dim, group):
     config = invariant_config(divmod(arch, 10), head_dim, dtype, group)
     for block_size, is_split in ((0, False), (64, False), (64, True)):
         check_binary(
-            attention_invariant_triton._attend_kernel, "q k v out",
+            triton_invariant_attention._attend_kernel, "q k v out",
             "partial=*fp32:16 states=*fp32:16 cu_seqlens_q=*i32 context_lens=*i32 block_tables=*i32 num_seqs=i32 "
             "columns=i32 q_stride=i32:16 k_stride=i32:16 v_stride=i32:16",
             arch, dtype, {"KH": 8, "GROUP": group, "BLOCK_SIZE": block_size, "IS_SPLIT": is_split, **shape, **config},
         )  # fmt: skip
     others = "partial=*fp32:16 states=*fp32:16 context_lens=*i32 num_splits=i32"
-    check_binary(attention_invariant_triton._merge_kernel, "out", others, arch, dtype, {"H": 8 * group, **shape})
+    check_binary(triton_invariant_attention._merge_kernel, "out", others, arch, dtype, {"H": 8 * group, **shape})
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
@@ -175,6 +176,6 @@ def test_attention_kernels_fit_each_architecture(arch, dtype, head_dim, group):
 def test_product_kernel_compiles_ahead_of_time(arch, dtype, n):
     config = linear_config(n, dtype)
     check_binary(
-        linear_triton._linear_kernel, "x weight bias out", "num_rows=i32 x_stride=i32:16", arch, dtype,
+        triton_linear._linear_kernel, "x weight bias out", "num_rows=i32 x_stride=i32:16", arch, dtype,
         {"N": n, "K": 1024, **config},
     )  # fmt: skip

@@ -24,8 +24,8 @@ from nanovllm.engine.batch import splitmix64
 from nanovllm.engine.options import BatchOptions, bit_mask
 from nanovllm.engine.sampling import OptionsSampler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers import cpu_kernels
-from nanovllm.layers.cpu_kernels.compiled import load_kernels
+from nanovllm.kernels import cpu as cpu_kernels
+from nanovllm.kernels.cpu.compiled import load_kernels
 from nanovllm.layers.logits_processor import (
     Options,
     apply_masks,

@@ -9,7 +9,7 @@ import torch
 
 from helpers import chi_squared_p
 from nanovllm.engine.batch import splitmix64
-from nanovllm.layers import fused
+from nanovllm.kernels import fused
 from nanovllm.layers.sampler import sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # meant, and seen only there
@@ -38,7 +38,7 @@ def sampler(request, monkeypatch):
     kernels, num_draws = None, 20_000
     if request.param == "triton":
         pytest.importorskip("triton", reason="triton is published for Linux only")
-        from nanovllm.layers import fused_triton as kernels
+        from nanovllm.kernels import triton_fused as kernels
 
         num_draws = 20_000 if DEVICE == "cuda" else 200
     monkeypatch.setattr(fused, "_kernels", lambda *_: kernels)

@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from nanovllm.layers.cpu_kernels.build import FEATURES, build
+from nanovllm.kernels.cpu.build import FEATURES, build
 from nanovllm.utils.device import cpu_has, default_threads
 
 # Of each function the kinds of its arguments: pointer, integer, fp32.

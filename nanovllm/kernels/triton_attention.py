@@ -33,7 +33,7 @@ def store_kvcache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_m
 
 
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
-    """See `nanovllm.layers.attention.AttentionBackend`; of [blocks, block_size, KH, D] caches."""
+    """See `nanovllm.kernels.attention.AttentionBackend`; of [blocks, block_size, KH, D] caches."""
     _, block_size, num_kv_heads, head_dim = k_cache.shape
     row = num_kv_heads * head_dim
     _copy_kernel[(triton.cdiv(block_size * row, 1024),)](
@@ -42,7 +42,7 @@ def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
 
 
 class TritonAttention:
-    """See `nanovllm.layers.attention.AttentionBackend`. Caches are contiguous; head_dim is 16 to 256."""
+    """See `nanovllm.kernels.attention.AttentionBackend`. Caches are contiguous; head_dim is 16 to 256."""
 
     block_size = 64  # a tile of keys is in one block
 

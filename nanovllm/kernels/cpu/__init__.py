@@ -3,18 +3,13 @@
 Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim, V vocabulary, B block-table columns.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.layers.cpu_kernels.compiled import call, empty, load_kernels
+from nanovllm.kernels.cpu.compiled import call, empty, load_kernels
 from nanovllm.utils.context import Context
-
-if TYPE_CHECKING:
-    from nanovllm.layers.logits_processor import Options
 
 GROUP = 128  # as in linear.cpp
 
@@ -97,7 +92,7 @@ def store(x: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
 
 
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
-    """See `nanovllm.layers.attention.AttentionBackend`."""
+    """See `nanovllm.kernels.attention.AttentionBackend`."""
     assert copies.is_contiguous() and copies.dtype == torch.int64
     call("copy_blocks", k_cache, v_cache, copies, len(copies), *k_cache.shape[1:])
 
@@ -151,7 +146,7 @@ def sample(logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None)
 
 
 def sample_with_options(
-    logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, options: "Options",
+    logits: Tensor, temperatures: Tensor | None, uniforms: Tensor | None, options: object,
     filtered: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `nanovllm.layers.logits_processor.sample_with_options`.

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from nanovllm.layers.activation import silu_and_mul
+from nanovllm.kernels.triton_fused import silu_and_mul
 
 
 def mix(x: Tensor, chosen: Tensor, counts: Tensor, experts: nn.ModuleList) -> Tensor:

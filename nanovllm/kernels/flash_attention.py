@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.layers.fused import triton_problem
+from nanovllm.kernels.fused import triton_problem
 from nanovllm.utils.checks import require
 from nanovllm.utils.context import Context
 from nanovllm.utils.device import gpu_capability
@@ -24,10 +24,10 @@ Opened = tuple[object, str]  # a backend and what to call it
 
 
 class _PagedAttention:
-    """See `nanovllm.layers.attention.AttentionBackend`."""
+    """See `nanovllm.kernels.attention.AttentionBackend`."""
 
     def __init__(self) -> None:
-        kernels = import_module("nanovllm.layers.attention_triton") if triton_problem() is None else None
+        kernels = import_module("nanovllm.kernels.triton_attention") if triton_problem() is None else None
         self.store = kernels.store_kvcache if kernels else store_kvcache
         self.copy_blocks = kernels.copy_blocks if kernels else copy_blocks
 
@@ -132,7 +132,7 @@ def _check(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: 
 
 
 def store_kvcache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """What `attention_triton.store_kvcache` does, for where Triton does not work; every step stores a token."""
+    """What `triton_attention.store_kvcache` does, for where Triton does not work; every step stores a token."""
     is_stored = slot_mapping >= 0
     rows = torch.arange(len(k), device=k.device).where(is_stored, is_stored.int().argmax())  # others repeat the first
     for new, cache in ((k, k_cache), (v, v_cache)):
@@ -140,7 +140,7 @@ def store_kvcache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_m
 
 
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
-    """What `attention_triton.copy_blocks` does, likewise."""
+    """What `triton_attention.copy_blocks` does, likewise."""
     for source, target, num_filled in copies.tolist():
         for cache in (k_cache, v_cache):
             cache[target, :num_filled] = cache[source, :num_filled]

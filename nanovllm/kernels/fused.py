@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from nanovllm.layers import cpu_kernels
+from nanovllm.kernels import cpu as cpu_kernels
 from nanovllm.utils.checks import first_line, require
 from nanovllm.utils.device import gpu_capability
 
@@ -31,7 +31,7 @@ def triton_problem() -> str | None:
         gpu_capability(torch.device("cuda"))
         require(find_spec("triton") is not None, "the package triton is not installed")
         x = torch.ones(1, 16, device="cuda")
-        out = import_module("nanovllm.layers.fused_triton").silu_and_mul(x, x).tolist()  # which waits for the device
+        out = import_module("nanovllm.kernels.triton_fused").silu_and_mul(x, x).tolist()  # which waits for the device
         require(abs(out[0][15] - 0.7311) < 1e-3, "its kernels compute wrong numbers")
     except Exception as error:  # whatever a compiler or a library raises
         problem = first_line(error)
@@ -43,7 +43,7 @@ def triton_problem() -> str | None:
 @cache
 def _kernels(device_type: str, dtype: torch.dtype) -> ModuleType | None:
     if device_type == "cuda" and triton_problem() is None:
-        return import_module("nanovllm.layers.fused_triton")
+        return import_module("nanovllm.kernels.triton_fused")
     if device_type == "cpu" and cpu_kernels.has_kernels(torch.empty(0, dtype=dtype)):
         return cpu_kernels
     return None

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.layers import cpu_kernels
+from nanovllm.kernels import cpu as cpu_kernels
 from nanovllm.utils.context import Context
 
 
 class CPUAttention:
-    """See `nanovllm.layers.attention.AttentionBackend`."""
+    """See `nanovllm.kernels.attention.AttentionBackend`."""
 
     block_size = 64  # a tile of keys
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.layers.attention_triton import TritonAttention, _attend, _device, _owner
+from nanovllm.kernels.triton_attention import TritonAttention, _attend, _device, _owner
 from nanovllm.utils.context import Context
 
 SPLIT = 512  # keys
@@ -20,7 +20,7 @@ RAGGED = ["cu_seqlens_q", "context_lens", "block_tables", "num_seqs", "columns",
 
 
 class InvariantTritonAttention(TritonAttention):
-    """See `nanovllm.layers.attention.AttentionBackend`; decodes and pieces of prompts are computed alike."""
+    """See `nanovllm.kernels.attention.AttentionBackend`; decodes and pieces of prompts are computed alike."""
 
     @staticmethod
     def prefill(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, context: Context) -> Tensor:
