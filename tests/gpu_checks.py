@@ -129,6 +129,7 @@ def native_tests(*files: str) -> Iterator[Seen]:
             yield file, "all pass", "there is no such file", False
             continue
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", file]
+        command += ["-o", "addopts=--import-mode=importlib"]  # pytest-xdist need not be there
         command += ["-k", "not architecture and not ahead_of_time"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         summary = (done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1]

@@ -32,6 +32,7 @@ def run(version: str) -> str:
         check = "import triton, sys; assert triton.__version__ == sys.argv[1], triton.__version__"
         subprocess.run([sys.executable, "-c", check, version], check=True, env=env)
         command = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", *FILES]
+        command += ["-o", "addopts=--import-mode=importlib"]  # pytest-xdist need not be there
         command += ["-k", "architecture or ahead_of_time or compiles_anything or 16_bytes"]
         return subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True).stdout
 

@@ -48,9 +48,9 @@ def runner(path, monkeypatch):
 def allocate(runner: ModelRunner, graph_bytes: int = 0) -> int:
     """Blocks of the cache, which is not made: a GPU's must be zero, since kernels may read past a sequence's end."""
     backend = runner.attentions[0].backend
-    zeros, real_upload = object(), model_runner.upload
+    zeros, real_zeros, real_upload = object(), torch.zeros, model_runner.upload
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(torch, "zeros", lambda shape, dtype, device: zeros)
+        patched.setattr(torch, "zeros", lambda *shape, **kw: zeros if len(shape) == 1 else real_zeros(*shape, **kw))
         patched.setattr(model_runner, "upload", lambda arrays, device: real_upload(arrays, torch.device("cpu")))
         patched.setattr(torch, "ones", lambda n, device=None: torch.empty(n).fill_(1))
         assert runner._allocate_kv_cache(backend, 64, graph_bytes) == runner.config.num_kvcache_blocks * BLOCK_BYTES
@@ -87,17 +87,16 @@ def test_the_largest_step_is_as_many_tokens_of_as_many_sequences_as_there_may_be
     assert batches[-1].context_lens.tolist() == [30, 30]
 
 
-def test_the_largest_step_sorts_whole_vocabularies_for_top_p(runner, monkeypatch):
+def test_the_largest_step_cuts_whole_vocabularies_for_top_p(runner, monkeypatch):
     looks, cut = [], logits_processor._cut
 
-    def watched(logits, top_k, top_p, num_candidates):
-        looks.append((len(logits), num_candidates))
-        return cut(logits, top_k, top_p, num_candidates)
+    def watched(logits, weights, limits):
+        looks.append(tuple(logits.shape))
+        return cut(logits, weights, limits)
 
     monkeypatch.setattr(logits_processor, "_cut", watched)
-    monkeypatch.setattr(logits_processor, "FIRST_TRY", 16)
     allocate(runner(10 * GIB, 12 * GIB, max_num_batched_tokens=50, max_num_seqs=7))
-    assert looks == [(7, 16), (7, 307)]
+    assert looks == [(7, 307)]
 
 
 def test_a_step_that_does_not_fit_beside_the_weights_names_the_settings(runner, monkeypatch):

@@ -283,7 +283,7 @@ def test_kernels_fit_each_architecture(arch, dtype, head_dim, group, block_size)
 @pytest.mark.parametrize("module", ["triton_attention", "triton_fused"])
 def test_kernels_call_nothing_but_the_language_and_each_other(module):
     """Python's own `min` and `max` and Triton's helpers for the host compile in some versions of Triton only."""
-    module = importlib.import_module(f"nanovllm.layers.{module}")
+    module = importlib.import_module(f"nanovllm.kernels.{module}")
     kernels = {name: x for name, x in vars(module).items() if hasattr(x, "arg_names")}
     for name, kernel in kernels.items():
         [function] = ast.parse(inspect.getsource(kernel.fn)).body
