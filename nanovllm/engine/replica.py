@@ -169,9 +169,9 @@ class ReportingLoop(EngineLoop):
         super().__init__(model_runner, scheduler)
         self.open_call(self.outbox)
 
-    def step(self) -> int:
+    def step(self, may_lead: bool = False) -> int:
         try:
-            return super().step()
+            return super().step(may_lead)
         finally:
             self._calls.add(self.outbox)  # which an error has closed
             self._send_report()
