@@ -243,7 +243,7 @@ def test_killed_at_any_moment_a_job_loses_nothing_and_repeats_nothing(tmp_path):
         random.Random(0),
     )
     num_kills = 0
-    for _ in range(12):
+    for _ in range(8):
         process = start(path, output)
         if rng.random() < 0.8:  # the others while the model is loaded, or the output read
             wait_for_lines(process, output, output.read_bytes().count(b"\n") + 1 if output.exists() else 1)
@@ -252,7 +252,7 @@ def test_killed_at_any_moment_a_job_loses_nothing_and_repeats_nothing(tmp_path):
         num_kills += process.wait() == -signal.SIGKILL
         process.communicate()
     num_kept = output.read_bytes().count(b"\n")
-    assert num_kills == 12 and 12 <= num_kept < 500
+    assert num_kills == 8 and 8 <= num_kept < 500
     assert run(path, output)["exit_code"] == 0
     run(path, tmp_path / "at once")
     assert len(records(output)) == 500 and texts(output) == texts(tmp_path / "at once")
@@ -320,7 +320,7 @@ runner._open = lambda *args: Stub()
 runner.run("-", {str(tmp_path / "out")!r}, {str(DEMO_MODEL)!r}, use_tqdm=False)
 print(*peaks)
 """
-    lines = "".join(f'{{"custom_id": "request number {i}", "prompt": "What is {i}?"}}\n' for i in range(200_000))
+    lines = "".join(f'{{"custom_id": "request number {i}", "prompt": "What is {i}?"}}\n' for i in range(100_000))
     peaks = subprocess.run([sys.executable, "-c", code], input=lines, capture_output=True, text=True, check=True).stdout
     first, *_, last = map(int, peaks.split())
-    assert last - first < 16, peaks  # MB; the custom_ids alone are 20
+    assert last - first < 8, peaks  # MB; the custom_ids alone are 10

@@ -21,7 +21,6 @@ from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine import drafts, workers
 from nanovllm.kernels.cpu.compiled import load_kernels
-from nanovllm.models import MODELS
 from nanovllm.utils import loader
 from nanovllm.utils.parallel import TensorParallel
 from schemas import SCHEMAS
@@ -248,7 +247,7 @@ def test_ranks_together_read_the_checkpoint_once(tmp_path, monkeypatch, size):
 
     monkeypatch.setattr(loader, "safe_open", counting_open)
     for rank in range(size):
-        loader.load_model(MODELS[config.architecture](config.hf_config, 64, TensorParallel(rank, size)), tmp_path)
+        loader.load_model(config.model_class(config.hf_config, 64, TensorParallel(rank, size)), tmp_path)
     nbytes = {name: tensor.nbytes for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     norms = sum(n for name, n in nbytes.items() if "norm" in name)
     assert sum(num_read) == sum(nbytes.values()) + (size - 1) * norms
