@@ -1,6 +1,7 @@
 """One thread: the tests' models are so small that a second one costs more than it computes."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,3 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in SLOW_FILES or any(name in item.name for name in SLOW_NAMES):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object]:
+    """A random model's path, and transformers' model of it: fewer KV heads than four ranks, and a vocabulary that
+    divides by neither two nor four.
+    """
+    from helpers import save_model  # which imports what must find the settings above
+
+    path = tmp_path_factory.mktemp("model")
+    return path, save_model(path)

@@ -23,12 +23,6 @@ SETTINGS = {"kvcache_block_size": 8, "num_kvcache_blocks": 60, "dtype": "float32
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    return path, save_model(path)
-
-
-@pytest.fixture(scope="module")
 def llm(checkpoint):
     with LLM(str(checkpoint[0]), **SETTINGS) as llm:
         yield llm

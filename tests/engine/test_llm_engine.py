@@ -13,17 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import ROOT, random_prompts, reference_tokens, save_model
+from helpers import ROOT, random_prompts, reference_tokens
 from nanovllm import LLM, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 SETTINGS = {"kvcache_block_size": 8, "num_kvcache_blocks": 30, "dtype": "float32", "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    return path, save_model(path)
 
 
 @pytest.fixture(scope="module")

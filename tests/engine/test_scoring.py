@@ -8,19 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import DEMO_MODEL, ROOT, random_prompts, save_model
+from helpers import DEMO_MODEL, ROOT, random_prompts
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import scoring
 
 BLOCK = 16
 SETTINGS = {"device": "cpu", "dtype": "float32", "kvcache_block_size": BLOCK, "num_kvcache_blocks": 200}
 SETTINGS |= {"attention_backend": "cpu", "max_model_len": 128}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    return path, save_model(path)
 
 
 @pytest.fixture(scope="module")

@@ -33,13 +33,6 @@ LENGTHS = [1, 5, BLOCK, 3 * BLOCK - 1, 3 * BLOCK, 3 * BLOCK + 1, 70]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Fewer KV heads than four ranks, and a vocabulary that divides by neither two nor four."""
-    path = tmp_path_factory.mktemp("model")
-    return path, save_model(path)
-
-
-@pytest.fixture(scope="module")
 def llm(checkpoint):
     with LLM(str(checkpoint[0]), tensor_parallel_size=2, num_kvcache_blocks=4000, **SETTINGS) as llm:
         yield llm
