@@ -17,6 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from nanovllm.kernels.attention import BACKENDS
 from nanovllm.layers.rotary_embedding import rope_settings
+from nanovllm.layers.weight_formats import Format, read_format
 from nanovllm.models import MODELS
 from nanovllm.utils.checks import check_bool, check_choice, check_float, check_int, nearest_name, reading
 from nanovllm.utils.device import default_batched_tokens, default_chunk_tokens, resolve_device, suitable_dtype
@@ -78,7 +79,9 @@ class Config:
     device: str | torch.device = "auto"  # CUDA if there is one; or "cpu" or "cuda"
     attention_backend: str = "auto"  # the first that works here; or flash_attn, triton, torch_varlen or cpu
     load_format: str = "auto"  # safetensors; or "dummy": random weights, for benchmarks
-    quantization: str | None = None  # "int8": weights in 8 bits, each output channel with a scale (CPU only)
+    # Of weights that the checkpoint has in 16 or 32 bits. "int8": each output channel with a scale. "int4": each 128
+    # inputs of an output with a scale and a zero point, embeddings as for int8.
+    quantization: str | None = None
     # Most tokens to guess of a sequence by what came before, which are checked in one step; 0: none. Faster where texts
     # repeat themselves or the prompt, and the same.
     speculative_tokens: int = 0
@@ -86,6 +89,7 @@ class Config:
     batch_invariant: bool = False  # a request's results do not depend, in any bit, on what runs beside it
     model_path: Path = field(init=False)
     model_class: type = field(init=False)  # of `nanovllm.models`, or from outside
+    weight_format: Format = field(init=False)  # of the checkpoint's linear layers
     eos_token_ids: frozenset[int] = field(init=False)
     chunk_tokens: int = field(init=False)  # of a prompt beside sequences that decode, see `Scheduler`
 
@@ -100,6 +104,10 @@ class Config:
             self.hf_config = read_hf_config(self.model_path)
         described = self.hf_config.architectures, self.hf_config.model_type
         self.model_class = MODELS[supported_architecture(*described, self.model_path)]
+        with reading(self.model_path / "config.json"):
+            self.weight_format = read_format(getattr(self.hf_config, "quantization_config", None))
+        if self.quantization is not None and not self.weight_format.is_plain:
+            raise ValueError(f"quantization={self.quantization!r} of a checkpoint that is quantised: leave it out")
         if self.batch_invariant:
             self._check_invariance()
         check_parallel_size(self.tensor_parallel_size, self.data_parallel_size, self.hf_config, self.device)
@@ -144,7 +152,7 @@ class Config:
         check_choice("dtype", str(self.dtype).removeprefix("torch."), ["auto", *DTYPES])
         check_choice("attention_backend", self.attention_backend, ["auto", *BACKENDS])
         check_choice("load_format", self.load_format, ["auto", "dummy"])
-        check_choice("quantization", self.quantization, [None, "int8"])
+        check_choice("quantization", self.quantization, [None, "int8", "int4"])
 
     def _check_invariance(self) -> None:
         """What the runner does not check: collectives, and whose attention is asked for."""
@@ -152,6 +160,12 @@ class Config:
             raise ValueError(
                 f"batch_invariant=True and tensor_parallel_size={self.tensor_parallel_size}: sums of more than two "
                 "ranks depend on the batch; use at most 2, and data_parallel_size for more GPUs"
+            )
+        is_quantised = self.quantization is not None or not self.weight_format.is_plain
+        has_4_bits = self.quantization == "int4" or self.weight_format.dtype == torch.uint8
+        if has_4_bits or (is_quantised and self.device.type == "cuda"):
+            raise ValueError(
+                "batch_invariant=True is not for weights of 4 bits, nor for quantised ones on a GPU: leave it out"
             )
         if self.device.type == "cuda" and getattr(self.hf_config, "num_experts_per_tok", 0):
             raise ValueError("batch_invariant=True is not for mixtures of experts on a GPU: leave it out")
@@ -225,7 +239,7 @@ def resolve_model(model: str) -> Path:
 
 
 def read_hf_config(path: Path) -> PretrainedConfig:
-    """A checkpoint's configuration; ValueError if it is missing, damaged, not supported, or of a quantised model."""
+    """A checkpoint's configuration; ValueError if it is missing, damaged or not supported."""
     file = path / "config.json"
     if not file.is_file():
         advice = f". {GGUF_ADVICE}" if any(path.glob("*.gguf")) or "gguf" in str(path).lower() else ""
@@ -238,10 +252,6 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         raise ValueError(f"{file} is damaged: it has {reprlib.repr(raw)} instead of an object")
     # Before transformers is asked, which may not know it either.
     supported_architecture(raw.get("architectures"), raw.get("model_type"), path)
-    if raw.get("quantization_config"):
-        with reading(file):
-            method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(f"{path} is quantised ({method}), which is not supported; use the unquantised checkpoint")
     with reading(file):
         hf_config = AutoConfig.from_pretrained(path)
         for name in SIZES:

@@ -108,7 +108,7 @@ def test_experts_run_in_bf16_and_int8_and_the_router_stays_as_it_is(tmp_path, qu
     with llm:
         tokens = [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
         sparse = llm.model_runner.model.model.layers[0].mlp
-        kinds = type(sparse.gate.weight).__name__, type(sparse.experts[0].down_proj.weight).__name__
+        kinds = type(sparse.gate.weight.kernel).__name__, type(sparse.experts[0].down_proj.weight.kernel).__name__
         assert "Int8Weight" not in kinds[:1] and (kinds[1] == "Int8Weight") == (quantization == "int8")
     expected = [reference_tokens(model.float(), prompt, 1) for prompt in prompts]
     assert sum(a == b for a, b in zip(tokens, expected, strict=True)) >= 30

@@ -25,11 +25,11 @@ from nanovllm.kernels.attention import AttentionBackend, choose_backend
 from nanovllm.kernels.fused import triton_problem
 from nanovllm.kernels.plain_attention import CPUAttention
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.experts import Experts, Router
+from nanovllm.layers.experts import Experts
 from nanovllm.layers.logits_processor import logprob_entries, num_top_of, token_logprobs
 from nanovllm.layers.parallel_sampler import sample_on_ranks
 from nanovllm.layers.sampler import sample
-from nanovllm.layers.weight import check_batch_invariance, check_quantization, choose_products, pack
+from nanovllm.layers.weight import PlainWeight, Weight, check_batch_invariance, choose_products
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import reading
 from nanovllm.utils.context import Context, Step, use_step
@@ -174,7 +174,6 @@ class ModelRunner:
 
     def _build_model(self) -> torch.nn.Module:
         config = self.config
-        check_quantization(config.quantization, config.dtype, config.device)
         products = choose_products(config.max_num_seqs, config.device, config.batch_invariant)
         if config.batch_invariant:
             sizes, head_dim = config.hf_config, config.hf_config.head_dim
@@ -183,10 +182,7 @@ class ModelRunner:
             ours = config.quantization or products
             check_batch_invariance(config.dtype, config.device, head_dim, inputs, ours)
 
-        def convert(param: torch.nn.Parameter, module: torch.nn.Module) -> object:
-            return pack(param, None if isinstance(module, Router) else config.quantization, products)
-
-        with BUILDING, torch.device("meta"):  # parameters get their memory one by one
+        with BUILDING, torch.device(config.device):
             default_dtype = torch.get_default_dtype()
             torch.set_default_dtype(config.dtype)
             try:
@@ -194,11 +190,16 @@ class ModelRunner:
                     model = config.model_class(config.hf_config, config.max_model_len, self.tp)
             finally:
                 torch.set_default_dtype(default_dtype)
-        if config.load_format == "dummy":
-            load_dummy(model, config.seed, config.device, convert)
+        is_dummy = config.load_format == "dummy"
+        for weight in stored_weights(model).values():
+            if weight.least_bits == 4 or not is_dummy:
+                weight.format = config.weight_format
+        finish = partial(Weight.finish, quantization=config.quantization, products=products)
+        if is_dummy:
+            load_dummy(model, config.seed, finish)
         else:
             shows_progress = self.tp.rank == 0 and config.data_parallel_size == 1
-            load_model(model, config.model_path, config.device, convert, shows_progress, self._check_ranks)
+            load_model(model, config.model_path, finish, shows_progress, self._check_ranks)
         return model.to(config.device).eval()
 
     def _can_capture(self, backend: AttentionBackend) -> bool:
@@ -218,11 +219,15 @@ class ModelRunner:
         others += ["the choice of experts"] if self._has_experts() else []
         if not cpu_kernels.has_kernels(nothing, head_dim=head_dim):
             others.append(f"attention with head_dim={head_dim}, above 256")
-        unpacked = [(name, param.shape[1]) for name, param in self.model.named_parameters() if param.dim() == 2]
+        weights = stored_weights(self.model).items()
+        unpacked = [(name, w) for name, w in weights if not isinstance(w.kernel, cpu_kernels.PackedWeight)]
         if unpacked:
-            name, size = unpacked[0]
-            why = f"of {size} inputs, no multiple of 4" if size % 4 else "as NANOVLLM_CPU_PRODUCTS or AMX decides"
-            others.append(f"{len(unpacked)} products, the first with {name}, {why}")
+            name, weight = unpacked[0]
+            why = f"of {weight.shape[1]} inputs, no multiple of 4"
+            if weight.shape[1] % 4 == 0:
+                is_plain = isinstance(weight.kernel, PlainWeight)
+                why = "as NANOVLLM_CPU_PRODUCTS or AMX decides" if is_plain else "in 4 bits"
+            others.append(f"{len(unpacked)} products, the first with {name}.weight, {why}")
         if others:
             logger.info("decode steps are not recorded, since PyTorch does " + "; ".join(others))
         return not others
@@ -290,6 +295,16 @@ class ModelRunner:
         del logits
         torch.cuda.empty_cache()
         return peak - before
+
+
+def stored_weights(model: torch.nn.Module) -> dict[str, Weight]:
+    """A model's weights by the names of the modules that have them first."""
+    found = {}
+    for name, module in model.named_modules():
+        weight = vars(module).get("weight")
+        if isinstance(weight, Weight):
+            found.setdefault(id(weight), (name, weight))
+    return dict(found.values())
 
 
 def make_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Step]:

@@ -18,11 +18,14 @@ def mix(x: Tensor, chosen: Tensor, counts: Tensor, experts: nn.ModuleList) -> Te
     is_dense = num_tokens * num_chosen > 32 * len(experts)
     tiles = sort_by_expert(chosen, len(experts), 64 if is_dense and x.dtype != torch.float32 else 16)
     if experts.addresses is None:  # made once, for a graph cannot copy from the host
-        weights = [[expert.gate_up_proj.weight.data_ptr(), expert.down_proj.weight.data_ptr()] for expert in experts]
-        experts.addresses = torch.tensor(weights, device=x.device).T.contiguous()  # [2, E]
+        weights = [(expert.gate_up_proj.weight, expert.down_proj.weight) for expert in experts]
+        addresses = [[weight.kernel.values.data_ptr() for weight in pair] for pair in weights]
+        experts.addresses = torch.tensor(addresses, device=x.device).T.contiguous()  # [2, E]
     of_up, of_down = experts.addresses
-    gate_up = grouped_linear(x, of_up, experts[0].gate_up_proj.weight, num_chosen, *tiles)
-    down = grouped_linear(silu_and_mul(*gate_up.chunk(2, -1)), of_down, experts[0].down_proj.weight, 1, *tiles)
+    gate_up = grouped_linear(x, of_up, experts[0].gate_up_proj.weight.kernel.values, num_chosen, *tiles)
+    down = grouped_linear(
+        silu_and_mul(*gate_up.chunk(2, -1)), of_down, experts[0].down_proj.weight.kernel.values, 1, *tiles
+    )
     return (down.float().view(num_tokens, num_chosen, -1) * counts.unsqueeze(-1)).sum(1).to(x.dtype)
 
 

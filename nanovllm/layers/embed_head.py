@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from nanovllm.layers.weight import embedding, linear
+from nanovllm.layers.weight import Weight
 from nanovllm.utils.context import get_step
-from nanovllm.utils.loader import CheckpointTensor, copy_weight
+from nanovllm.utils.loader import CheckpointTensor
 from nanovllm.utils.parallel import TensorParallel
 
 
@@ -22,20 +22,18 @@ class VocabParallelEmbedding(nn.Module):
         rows = -(-vocab_size // tp.size)
         self.start = min(tp.rank * rows, vocab_size)
         self.end = min(self.start + rows, vocab_size)
-        self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
+        self.weight = Weight(rows, hidden_size, least_bits=8)
 
     def load_weight(self, name: str, loaded: CheckpointTensor, shard: str | None) -> None:
-        full_shape = (self.vocab_size, self.weight.shape[1])
-        num_rows = self.end - self.start
-        copy_weight(self.weight[:num_rows], loaded, full_shape, slice(self.start, self.end))
-        self.weight.data[num_rows:] = 0
+        full_shape, num_rows = (self.vocab_size, self.weight.shape[1]), self.end - self.start
+        self.weight.load(name, loaded, full_shape, slice(0, num_rows), slice(self.start, self.end))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[T] token ids -> [T, hidden_size]."""
         if self.tp.size == 1:
-            return embedding(input_ids, self.weight)
+            return self.weight.rows(input_ids)
         is_mine = (input_ids >= self.start) & (input_ids < self.end)
-        embeddings = embedding(torch.where(is_mine, input_ids - self.start, 0), self.weight)
+        embeddings = self.weight.rows(torch.where(is_mine, input_ids - self.start, 0))
         return self.tp.all_reduce(embeddings * is_mine.unsqueeze(-1))
 
 
@@ -45,11 +43,11 @@ class ParallelLMHead(VocabParallelEmbedding):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] -> [R, this rank's part of the vocabulary] for the tokens after which one is sampled."""
         rows = get_step().logit_rows
-        return linear(hidden_states if rows is None else hidden_states[rows], self.weight)
+        return self.weight.linear(hidden_states if rows is None else hidden_states[rows])
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """[n, hidden_size] -> [n, vocab_size] on rank 0, None on the others."""
-        return self.gather(linear(hidden_states, self.weight))
+        return self.gather(self.weight.linear(hidden_states))
 
     def gather(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Every rank's part of [n, vocab_size] logits -> all of them on rank 0, None on the others."""

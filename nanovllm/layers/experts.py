@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels.fused import triton_problem
-from nanovllm.layers.weight import linear
+from nanovllm.layers.weight import Weight
+from nanovllm.utils.loader import CheckpointTensor
 
 
 class Router(nn.Module):
@@ -19,11 +20,14 @@ class Router(nn.Module):
     def __init__(self, hidden_size: int, num_experts: int, num_chosen: int, normalizes: bool):
         super().__init__()
         self.num_chosen, self.normalizes = num_chosen, normalizes
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size), requires_grad=False)
+        self.weight = Weight(num_experts, hidden_size, least_bits=16)
+
+    def load_weight(self, name: str, loaded: CheckpointTensor, shard: str | None) -> None:
+        self.weight.load(name, loaded, self.weight.shape)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[T, H] -> [T, K] experts (int64), and how much each counts (fp32)."""
-        probs, chosen = linear(x, self.weight).softmax(-1, dtype=torch.float32).topk(self.num_chosen)
+        probs, chosen = self.weight.linear(x).softmax(-1, dtype=torch.float32).topk(self.num_chosen)
         return chosen, probs / probs.sum(-1, keepdim=True) if self.normalizes else probs
 
 

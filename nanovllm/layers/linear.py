@@ -7,7 +7,7 @@ Column parallel: outputs are split, no communication. Row parallel: inputs are s
 import torch
 from torch import nn
 
-from nanovllm.layers.weight import linear
+from nanovllm.layers.weight import Weight
 from nanovllm.utils.loader import CheckpointTensor, copy_weight
 from nanovllm.utils.parallel import TensorParallel
 
@@ -35,23 +35,24 @@ class ColumnParallelLinear(nn.Module):
             self.shards[name] = slice(offset, offset + size), slice(start, start + size)
             offset += size
         self.split_sizes = [rows.stop - rows.start for rows, _ in self.shards.values()]
-        self.weight = nn.Parameter(torch.empty(offset, input_size), requires_grad=False)
+        self.weight = Weight(offset, input_size)
         self.bias = nn.Parameter(torch.empty(offset), requires_grad=False) if bias else None
 
     def load_weight(self, name: str, loaded: CheckpointTensor, shard: str | None) -> None:
-        """Fills this rank's `weight` or `bias`: the rows of projection `shard`, or of all if they are one tensor."""
-        param, stored = getattr(self, name), self.output_sizes if shard is None else {shard: self.output_sizes[shard]}
-        start, full_shape = 0, (sum(stored.values()), *param.shape[1:])
+        """Fills this rank's weight or bias: the rows of projection `shard`, or of all if they are one tensor."""
+        stored = self.output_sizes if shard is None else {shard: self.output_sizes[shard]}
+        start, full_shape = 0, (sum(stored.values()), self.weight.shape[1])
         for projection, size in stored.items():
             ours, theirs = self.shards[projection]
-            copy_weight(param[ours], loaded, full_shape, slice(start + theirs.start, start + theirs.stop))
-            if projection in self.orders:
-                heads = param.data[ours].unflatten(0, (-1, len(self.orders[projection])))
-                heads.copy_(heads[:, self.orders[projection]])
+            theirs, order = slice(start + theirs.start, start + theirs.stop), self.orders.get(projection)
+            if name == "bias" and self.bias is not None:
+                copy_weight(self.bias[ours], loaded, full_shape[:1], theirs, order)
+            else:
+                self.weight.load(name, loaded, full_shape, ours, theirs, order=order)
             start += size
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return linear(x, self.weight, self.bias).split(self.split_sizes, dim=-1)
+        return self.weight.linear(x, self.bias).split(self.split_sizes, dim=-1)
 
 
 class RowParallelLinear(nn.Module):
@@ -60,20 +61,19 @@ class RowParallelLinear(nn.Module):
     def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel, reduces: bool = True):
         super().__init__()
         self.tp, self.reduces = tp, reduces
-        self.input_size = input_size
-        size = input_size // tp.size
+        self.input_size, size = input_size, input_size // tp.size
         self.columns = slice(tp.rank * size, (tp.rank + 1) * size)
-        self.weight = nn.Parameter(torch.empty(output_size, size), requires_grad=False)
+        self.weight = Weight(output_size, size)
         self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None
 
     def load_weight(self, name: str, loaded: CheckpointTensor, shard: str | None) -> None:
-        if name == "bias":
+        if name == "bias" and self.bias is not None:
             copy_weight(self.bias, loaded)
         else:
-            shape = (self.weight.shape[0], self.input_size)
-            copy_weight(self.weight, loaded, shape, (slice(None), self.columns))
+            self.weight.format.check_cut(self.input_size, self.tp.size)
+            self.weight.load(name, loaded, (self.weight.shape[0], self.input_size), columns=self.columns)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias if self.tp.rank == 0 else None  # added once, not once per rank
-        out = linear(x, self.weight, bias)
+        out = self.weight.linear(x, bias)
         return self.tp.all_reduce(out) if self.reduces else out

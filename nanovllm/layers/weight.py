@@ -1,40 +1,186 @@
-"""Weights as a device likes them: as the checkpoint has them, or reordered for the CPU's kernels, in bf16 or int8.
+"""A layer's weight: filled from a checkpoint in whatever format, then what the device computes products with.
 
 Legend: T tokens, N/K outputs/inputs of a layer.
 """
 
+import logging
+import mmap
 import os
+from collections.abc import Iterable
+from functools import cache
 from importlib import import_module
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor
 
 from nanovllm.kernels import cpu as cpu_kernels
+from nanovllm.kernels.fused import triton_problem
+from nanovllm.kernels.quantized import QuantizedWeight, pack_4_bits, quantize
+from nanovllm.layers.weight_formats import PLAIN, Format
 from nanovllm.utils.checks import check_choice
 from nanovllm.utils.device import cpu_has
+from nanovllm.utils.loader import CheckpointTensor
 
-# One that is no tensor has `shape`, `nbytes`, `linear` and `rows`; on CUDA it is a `triton_linear.TritonWeight`.
-Weight = torch.Tensor | cpu_kernels.PackedWeight | cpu_kernels.Int8Weight
-
-
-def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, K] -> [T, N]."""
-    return F.linear(x, weight, bias) if isinstance(weight, torch.Tensor) else weight.linear(x, bias)
+GROUP_SIZES = 128, 32  # of quantization="int4"
+BITS = {"int4": 4, "int8": 8}
+logger = logging.getLogger("nanovllm")
 
 
-def embedding(ids: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """[T] -> [T, K], rows of the weight."""
-    return F.embedding(ids, weight) if isinstance(weight, torch.Tensor) else weight.rows(ids)
+class Kernel(Protocol):
+    """An [N, K] weight as some kernels take it."""
+
+    nbytes: int
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[T, K] -> [T, N]."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, K], those rows of the weight."""
 
 
-def check_quantization(quantization: str | None, dtype: torch.dtype, device: torch.device) -> None:
-    """ValueError if `quantization`, None or "int8", is not for this dtype, device or processor."""
-    if quantization is not None and not cpu_kernels.has_kernels(torch.empty(0, dtype=dtype, device=device)):
-        raise ValueError(
-            f"quantization={quantization!r} needs device='cpu', dtype='bfloat16', a processor with AVX512-BF16 and "
-            f"AVX512-VNNI, and a C++ compiler; here are {device.type} and {dtype}: leave quantization out"
-        )
+class Weight:
+    """The [n, k] weight of a layer on this rank, of the dtype and on the device that are PyTorch's default.
+
+    Args:
+        least_bits: What quantisation at load leaves of it: 16, all.
+    """
+
+    kernel: Kernel
+    format: Format = PLAIN  # in the checkpoint
+
+    def __init__(self, n: int, k: int, least_bits: int = 4):
+        self.shape, self.least_bits = (n, k), least_bits
+        self.dtype, self.device = torch.get_default_dtype(), torch.get_default_device()
+        self.parts: dict[str, Tensor] = {}  # of `QuantizedWeight`, while they are read
+
+    @property
+    def nbytes(self) -> int:
+        return self.kernel.nbytes
+
+    @property
+    def needed(self) -> Iterable[str]:
+        """What its tensors are called in a checkpoint."""
+        return self.format.parts.keys()
+
+    @property
+    def others(self) -> Iterable[str]:
+        """What it may have beside these."""
+        return self.format.others
+
+    def choose_format(self, found: set[str]) -> None:
+        """The plain one if that is what the checkpoint has of this weight, however it has most."""
+        if "weight" in found and not found & (self.needed - {"weight"}):
+            self.format = PLAIN
+
+    def load(
+        self, name: str, loaded: CheckpointTensor, full_shape: tuple[int, int],
+        into: slice = slice(None), rows: slice | None = None, columns: slice | None = None, order: Tensor | None = None
+    ) -> None:  # fmt: skip
+        """Fills the rows `into` from the tensor called `name`, with these rows and columns of a weight of `full_shape`.
+
+        Args:
+            order: [m], in which each m of the rows are wanted.
+
+        Raises:
+            ShapeError: The tensor is not what the format says.
+        """
+        if name in self.format.others:
+            return self.format.others[name](loaded, full_shape)
+        part = self.format.parts[name]
+        whole = [slice(0, size) for size in full_shape]
+        found = part.read(loaded, full_shape, rows or whole[0], columns or whole[1])
+        if order is not None:
+            found = found.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+        if part.target not in self.parts:
+            dtype = self.dtype if self.format.is_plain else found.dtype
+            self.parts[part.target] = self._empty(found.shape[1], dtype)
+        self.parts[part.target][into] = found
+
+    def _empty(self, columns: int, dtype: torch.dtype) -> Tensor:
+        """On a CPU in pages of its own, which the system has back once it is converted; malloc would often keep them.
+
+        They are zeros, as are rows that nothing is loaded into.
+        """
+        if self.device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
+            return torch.zeros(self.shape[0], columns, dtype=dtype, device=self.device)
+        pages = mmap.mmap(-1, self.shape[0] * columns * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=dtype).view(self.shape[0], columns)
+
+    def fill(self, noise: Tensor) -> None:
+        """Instead of loading, makes a weight of these values, about as large as `noise`, over and over."""
+        values, dtype = self._empty(self.shape[1], self.dtype), self.format.dtype
+        for part in values.view(-1).split(len(noise)):
+            part.copy_(noise[: len(part)])
+        if not self.format.is_plain:
+            step = {torch.uint8: 0.005, torch.int8: 0.0005}.get(dtype, 0.02)
+            codes = values.float() / step
+            values = pack_4_bits(codes.round() + 8) if dtype == torch.uint8 else codes.to(dtype)
+            groups = self.shape[0], -(-self.shape[1] // (self.format.group_size or self.shape[1]))
+            self.parts["scales"] = torch.full(groups, step, dtype=self.dtype, device=self.device)
+        self.parts["values"] = values
+
+    def finish(self, quantization: str | None, products: str) -> None:
+        """Turns what was loaded into what is computed with; `products` is what `choose_products` says."""
+        parts, self.parts = self.parts, {}
+        if not self.format.is_plain:
+            weight = QuantizedWeight(parts["values"], parts["scales"], parts.get("zeros"), self.format.group_size)
+            self.kernel = quantized_kernel(weight, self.dtype)
+        else:
+            bits = max(BITS.get(quantization, 16), self.least_bits)
+            self.kernel = plain_kernel(parts.pop("values"), bits, products)
+        self.linear = self.kernel.linear
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, K]."""
+        return self.kernel.rows(ids).to(self.dtype)
+
+
+class PlainWeight:
+    """As PyTorch takes it."""
+
+    def __init__(self, values: Tensor):
+        self.values, self.nbytes = values, values.nbytes
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.values, bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.values)
+
+
+def plain_kernel(values: Tensor, bits: int, products: str) -> Kernel:
+    """A [N, K] weight to compute with, quantised if `bits` are 4 or 8."""
+    k = values.shape[1]
+    has_kernels = cpu_kernels.has_kernels(values, inputs=k)
+    if bits == 16:
+        if products == "triton":
+            return import_module("nanovllm.kernels.triton_linear").TritonWeight(values)
+        return cpu_kernels.PackedWeight(values) if has_kernels and products == "packed" else PlainWeight(values)
+    group_size = next((size for size in GROUP_SIZES if bits == 4 and k % size == 0), k)
+    if group_size == k and has_kernels:
+        return cpu_kernels.Int8Weight(values)
+    return quantized_kernel(quantize(values, 8 if group_size == k else 4, group_size), values.dtype)
+
+
+def quantized_kernel(weight: QuantizedWeight, dtype: torch.dtype) -> Kernel:
+    """A quantised weight to compute with, in activations of `dtype`."""
+    if weight.values.is_cuda and triton_problem() is None:
+        return import_module("nanovllm.kernels.triton_quantized").TritonQuantizedWeight(weight)
+    if cpu_kernels.has_kernels(torch.empty(0, dtype=dtype, device=weight.values.device), inputs=weight.shape[1]):
+        if weight.values.dtype == torch.int8 and weight.zeros is None and weight.scales.shape[1] == 1:
+            return cpu_kernels.Int8Weight.of_codes(weight.values, weight.scales.flatten())
+        if not weight.has_4_bits:
+            _say_once(f"weights of {weight.values.dtype} become {dtype}, of twice the memory, which is faster on a CPU")
+            return cpu_kernels.PackedWeight(weight.dequantize().to(dtype))
+    _say_once("quantised weights save memory and no time: each step makes them 16 or 32 bits, a panel at a time")
+    return weight
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.info(message)
 
 
 def check_batch_invariance(
@@ -72,17 +218,3 @@ def choose_products(max_num_seqs: int, device: torch.device, batch_invariant: bo
         return "onednn" if cpu_has("amx_bf16") and max_num_seqs > 32 and not batch_invariant else "packed"
     check_choice("NANOVLLM_CPU_PRODUCTS", chosen, ["packed", "onednn"])
     return chosen
-
-
-def pack(weight: nn.Parameter, quantization: str | None, products: str) -> Weight:
-    """What to compute with instead of a loaded parameter; itself unless it is a matrix and the kernels can take it.
-
-    `quantization` was checked; without any, `products` is what `choose_products` says.
-    """
-    if weight.dim() == 2 and products == "triton":
-        return import_module("nanovllm.kernels.triton_linear").TritonWeight(weight)
-    if weight.dim() != 2 or not cpu_kernels.has_kernels(weight, inputs=weight.shape[1]):
-        return weight
-    if quantization is not None:
-        return cpu_kernels.Int8Weight(weight)
-    return cpu_kernels.PackedWeight(weight) if products == "packed" else weight

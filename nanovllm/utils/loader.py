@@ -1,13 +1,13 @@
-"""Safetensors into the parameters of a model, one tensor at a time. Knows no architecture and no process.
+"""Safetensors into a model, one tensor at a time. Knows no architecture, no format and no process.
 
-A parameter on the meta device has memory from the moment when its first tensor comes, and is converted when it has its
-last one: so of a model whose weights end up smaller, or elsewhere, there are never more than a few in their first form.
+A weight has memory from the moment when its first tensor comes, and is turned into what it is computed with when it has
+its last one: so of a model whose weights end up smaller, or elsewhere, there are never more than a few as they were.
 """
 
 import json
-import mmap
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -17,8 +17,6 @@ from torch import nn
 from tqdm import tqdm
 
 Index = slice | tuple[slice, ...]
-Place = tuple[nn.Module, str]  # of a parameter: the module and the attribute
-Convert = Callable[[nn.Parameter, nn.Module], object]  # a filled parameter, a module it is of -> what takes its place
 
 
 class CheckpointTensor(Protocol):
@@ -26,42 +24,59 @@ class CheckpointTensor(Protocol):
 
     def get_shape(self) -> list[int]: ...
 
+    def get_dtype(self) -> str: ...
+
     def __getitem__(self, index: Index) -> torch.Tensor: ...
 
 
 class ShapeError(ValueError):
-    """A checkpoint's tensor does not have the shape that the configuration says."""
+    """A checkpoint's tensor is not of the shape or dtype that the configuration says."""
+
+
+class StoredWeight(Protocol):
+    """See `nanovllm.layers.weight.Weight`; a module's attribute `weight` that is no parameter."""
+
+    needed: Iterable[str]  # what its tensors are called in a checkpoint
+    others: Iterable[str]  # what it may have beside these
+
+    def choose_format(self, found: set[str]) -> None: ...
+
+    def fill(self, noise: torch.Tensor) -> None: ...
+
+
+Finish = Callable[[StoredWeight], None]  # called once with each weight that is filled
+Target = tuple[nn.Module, str, str | None]  # a module, what it calls a tensor, the projection that it is of
 
 
 def copy_weight(
-    param: torch.Tensor, loaded: CheckpointTensor, full_shape: tuple[int, ...] | None = None, index: Index = slice(None)
-) -> None:
+    param: torch.Tensor, loaded: CheckpointTensor, full_shape: tuple[int, ...] | None = None,
+    index: Index = slice(None), order: torch.Tensor | None = None
+) -> None:  # fmt: skip
     """Copies `loaded[index]`, this rank's part, into a parameter or a view of it, converting dtype and device.
 
-    ShapeError unless all of `loaded` has the shape `full_shape`, by default that of `param`.
+    Each m of it are brought in the [m] `order`. ShapeError unless all of `loaded` has the shape `full_shape`, by
+    default that of `param`.
     """
     full_shape = tuple(param.shape) if full_shape is None else full_shape
     if tuple(loaded.get_shape()) != full_shape:
         raise ShapeError(f"has shape {list(loaded.get_shape())}, the configuration says {list(full_shape)}")
-    param.data.copy_(loaded[index])
+    found = loaded[index]
+    param.data.copy_(found if order is None else found.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1))
 
 
 def load_model(
     model: nn.Module,
     path: Path,
-    device: torch.device | str = "cpu",
-    convert: Convert = lambda param, module: param,
+    finish: Finish,
     show_progress: bool = True,
     before_each: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fills every parameter of `model` exactly once from the safetensors files of a checkpoint directory.
+    """Fills every parameter and weight of `model` exactly once from the safetensors files of a checkpoint directory.
 
     Args:
         model: Has `packed_modules` (name of a projection in the checkpoint -> name of the module that holds it) and
             `ignored_weights(name)` (whether the checkpoint's tensor is not wanted); its modules may have
             `load_weight(name, loaded, shard)`.
-        device: Where parameters of the meta device get their memory.
-        convert: Called once with each parameter that is filled.
         before_each: Called before each tensor is read; may raise to stop.
 
     Raises:
@@ -70,91 +85,53 @@ def load_model(
     files = _find_files(path)
     stored = [(file, name) for file in files for name in _tensor_names(file) if not model.ignored_weights(name)]
     found = Counter(name for _, name in stored)
-    targets = {name: target for name, target in _targets(model).items() if not model.ignored_weights(name)}
-    problems = [f"missing: {name}" for name in sorted(targets.keys() - found.keys())]
-    problems += [f"unexpected: {name}" for name in sorted(found.keys() - targets.keys())]
+    needed, others = _targets(model, found.keys())
+    problems = [f"missing: {name}" for name in sorted(needed.keys() - found.keys())]
+    problems += [f"unexpected: {name}" for name in sorted(found.keys() - needed.keys() - others.keys())]
     problems += [f"more than once: {name}" for name, count in sorted(found.items()) if count > 1]
     _raise_if_any(problems, path)
-    places, num_missing = _places(model), Counter(target[:2] for target in targets.values())
+    num_missing = Counter(id(_weight_of(module)) for module, *_ in needed.values())
     is_quiet = len(files) == 1 or not show_progress
     for file, name in tqdm(stored, desc="Loading weights", unit="tensor", disable=is_quiet):
-        module, attribute, shard = targets[name]
+        target = needed.get(name) or others[name]
         before_each()
-        _allocate(places[module, attribute], device)
         try:
-            _load(file, name, module, attribute, shard)
+            _load(file, name, *target)
         except ShapeError as error:
-            problems.append(f"misshapen: {name} {error}")
-        num_missing[module, attribute] -= 1
-        if not num_missing[module, attribute] and not problems:
-            _replace(places[module, attribute], convert)
+            problems.append(f"misshapen: {name} in {file.name} {error}")
+        weight = _weight_of(target[0])
+        num_missing[id(weight)] -= name in needed
+        if weight is not None and not num_missing[id(weight)] and name in needed and not problems:
+            finish(weight)
     _raise_if_any(problems, path)
 
 
-def _load(file: Path, name: str, module: nn.Module, attribute: str, shard: str | None) -> None:
+def _load(file: Path, name: str, module: nn.Module, own_name: str, shard: str | None) -> None:
     with safe_open(file, framework="pt") as tensors:  # opened for each, so that pages that were read are let go
         loaded = tensors.get_slice(name)
         if hasattr(module, "load_weight"):
-            module.load_weight(attribute, loaded, shard)
+            module.load_weight(own_name, loaded, shard)
         else:
-            copy_weight(getattr(module, attribute), loaded)
+            copy_weight(getattr(module, own_name), loaded)
 
 
-def load_dummy(
-    model: nn.Module, seed: int, device: torch.device | str = "cpu", convert: Convert = lambda param, module: param
-) -> None:
-    """Random weights, normal with standard deviation 0.02; norms are 1. The same seed gives the same weights.
+def load_dummy(model: nn.Module, seed: int, finish: Finish) -> None:
+    """Random weights, normal with standard deviation 0.02; norms are 1. The same seed gives the same weights."""
+    generator, filled = torch.Generator().manual_seed(seed), set()
+    buffer = torch.empty(2**20 + 7, dtype=next(model.parameters()).dtype)
 
-    `device` and `convert` are as for `load_model`.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    places, buffer = _places(model), torch.empty(2**20 + 7, dtype=next(model.parameters()).dtype)
-    for name, _ in list(model.named_parameters()):
-        parent, _, attribute = name.rpartition(".")
-        shared = places[model.get_submodule(parent), attribute]
-        param = _allocate(shared, device)
-        if "norm" in name:
-            param.data.fill_(1.0)
-        else:
+    def noise(size: int) -> torch.Tensor:
+        return buffer[:size].normal_(0, 0.02, generator=generator)
+
+    for name, module in model.named_modules():
+        weight = _weight_of(module)
+        if weight is not None and id(weight) not in filled:
             # One row's worth of draws a thousand times over is as good as fresh ones for timing, and far quicker.
-            noise = buffer[: param.numel()].normal_(0, 0.02, generator=generator)
-            for part in param.data.view(-1).split(noise.numel()):
-                part.copy_(noise[: part.numel()])
-        _replace(shared, convert)
-
-
-def _places(model: nn.Module) -> dict[Place, list[Place]]:
-    """Of each place of a parameter all places of the same one: a tied weight has two."""
-    places = defaultdict(list)
-    for module in model.modules():
-        for attribute, param in module.named_parameters(recurse=False):
-            places[param].append((module, attribute))
-    return {place: shared for shared in places.values() for place in shared}
-
-
-def _allocate(places: list[Place], device: torch.device | str) -> nn.Parameter:
-    """The parameter there, which has memory on `device` if it had none."""
-    param = getattr(*places[0])
-    if param.is_meta:
-        param = nn.Parameter(_empty_like(param, torch.device(device)), requires_grad=False)
-        for place in places:
-            setattr(*place, param)
-    return param
-
-
-def _empty_like(param: nn.Parameter, device: torch.device) -> torch.Tensor:
-    """On a CPU in pages of its own, which the system has back once it is converted; malloc would often keep them."""
-    if device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty_like(param, device=device)
-    pages = mmap.mmap(-1, param.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=param.dtype).view(param.shape)
-
-
-def _replace(places: list[Place], convert: Convert) -> None:
-    converted = convert(getattr(*places[0]), places[0][0])
-    for place in places:
-        delattr(*place)  # where there is a parameter nothing else can be set
-        setattr(*place, converted)
+            weight.fill(noise(math.prod(weight.shape)))
+            finish(weight)
+            filled.add(id(weight))
+        for _, param in module.named_parameters(recurse=False):
+            param.data.copy_(torch.ones(param.shape) if "norm" in name else noise(param.numel()).view(param.shape))
 
 
 def _find_files(path: Path) -> list[Path]:
@@ -185,16 +162,32 @@ def _tensor_names(file: Path) -> list[str]:
         raise ValueError(f"{file} is damaged ({error}); download it again") from error
 
 
-def _targets(model: nn.Module) -> dict[str, tuple[nn.Module, str, str | None]]:
-    """Where each tensor of a checkpoint goes: its name -> (module, attribute, projection within the module)."""
-    targets = {}
+def _targets(model: nn.Module, found: Iterable[str]) -> tuple[dict[str, Target], dict[str, Target]]:
+    """Where each tensor goes that must be in a checkpoint, by its name there; and those that may be.
+
+    For that the weights choose their formats by what is `found`.
+    """
+    needed, others, ends = {}, {}, defaultdict(set)
+    for name in found:
+        source, _, end = name.rpartition(".")
+        ends[source].add(end)
     for prefix, module in model.named_modules():
         parent, _, leaf = prefix.rpartition(".")
-        sources = {f"{parent}.{shard}": shard for shard, packed in model.packed_modules.items() if packed == leaf}
-        for attribute, _ in module.named_parameters(recurse=False):
-            for source, shard in (sources or {prefix: None}).items():
-                targets[f"{source}.{attribute}"] = module, attribute, shard
-    return targets
+        shards = [shard for shard, packed in model.packed_modules.items() if packed == leaf]
+        sources = {f"{parent}.{shard}": shard for shard in shards} or {prefix: None}
+        names, weight = [name for name, _ in module.named_parameters(recurse=False)], _weight_of(module)
+        if weight is not None:
+            weight.choose_format(set().union(*(ends[source] for source in sources)))
+            others |= {
+                f"{src}.{name}": (module, name, shard) for src, shard in sources.items() for name in weight.others
+            }
+            names += weight.needed
+        needed |= {f"{source}.{name}": (module, name, shard) for source, shard in sources.items() for name in names}
+    return {name: target for name, target in needed.items() if not model.ignored_weights(name)}, others
+
+
+def _weight_of(module: nn.Module) -> StoredWeight | None:
+    return vars(module).get("weight")
 
 
 def _raise_if_any(problems: list[str], path: Path) -> None:

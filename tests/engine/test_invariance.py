@@ -117,7 +117,7 @@ def test_batch_invariant_takes_our_products_where_matrix_units_would_take_others
     monkeypatch.delenv("NANOVLLM_CPU_PRODUCTS")
     for quantization in (None, "int8"):
         with LLM(model, batch_invariant=True, quantization=quantization, **SETTINGS) as llm:
-            assert isinstance(llm.model_runner.model.lm_head.weight, PackedWeight)
+            assert isinstance(llm.model_runner.model.lm_head.weight.kernel, PackedWeight)
     monkeypatch.setenv("NANOVLLM_CPU_PRODUCTS", "onednn")
     with pytest.raises(ValueError, match=r"batch_invariant=True needs .* no NANOVLLM_CPU_PRODUCTS=onednn"):
         LLM(model, batch_invariant=True, **SETTINGS)
@@ -149,7 +149,7 @@ def test_an_engine_on_the_triton_kernels_changes_no_bit(tmp_path, monkeypatch):
     backend = triton_invariant_attention.InvariantTritonAttention
     monkeypatch.setattr(triton_invariant_attention, "SPLIT", 32)
     monkeypatch.setattr("nanovllm.engine.model_runner.choose_backend", lambda *settings: backend)
-    monkeypatch.setattr("nanovllm.engine.model_runner.pack", lambda x, *_: TritonWeight(x) if x.dim() == 2 else x)
+    monkeypatch.setattr("nanovllm.layers.weight.plain_kernel", lambda values, *_: TritonWeight(values))
     save_model(tmp_path, num_hidden_layers=1, vocab_size=64)
     prompts = random_prompts([40, 17, 3], vocab_size=64)
     params = [SamplingParams(i, max_tokens=4, ignore_eos=True, seed=i, logprobs=0) for i in range(3)]

@@ -18,12 +18,13 @@ def record_engine(
     import torch
 
     from nanovllm import LLM, SamplingParams
-    from nanovllm.engine import cuda_graphs, model_runner
+    from nanovllm.engine import cuda_graphs
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.kernels import attention, fused, triton_fused
     from nanovllm.kernels.triton_attention import TritonAttention
     from nanovllm.kernels.triton_invariant_attention import InvariantTritonAttention
     from nanovllm.kernels.triton_linear import TritonWeight
+    from nanovllm.layers import weight
 
     backend = InvariantTritonAttention if batch_invariant else TritonAttention
 
@@ -43,7 +44,7 @@ def record_engine(
     ModelRunner._can_record = lambda runner: False
     torch.Tensor.new_empty, torch.empty_like = torch.Tensor.new_zeros, torch.zeros_like
     torch.cuda.memory_reserved = torch.cuda.max_memory_reserved = torch.cuda.reset_peak_memory_stats = lambda device: 0
-    model_runner.pack = lambda x, *_: TritonWeight(x) if batch_invariant and x.dim() == 2 else x
+    weight.plain_kernel = lambda values, *_: (TritonWeight if batch_invariant else weight.PlainWeight)(values)
     attention.TOLERANCE = float("inf")
     attention.BACKENDS["triton"] = lambda *settings: (backend, "triton")
     fused._kernels = lambda *_: triton_fused

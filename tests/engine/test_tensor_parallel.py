@@ -226,7 +226,7 @@ def test_ranks_together_read_the_checkpoint_once(tmp_path, monkeypatch, size):
 
     class Counted:
         def __init__(self, loaded):
-            self.get_shape, self.loaded = loaded.get_shape, loaded
+            self.get_shape, self.get_dtype, self.loaded = loaded.get_shape, loaded.get_dtype, loaded
 
         def __getitem__(self, index):
             part = self.loaded[index]
@@ -240,7 +240,8 @@ def test_ranks_together_read_the_checkpoint_once(tmp_path, monkeypatch, size):
 
     monkeypatch.setattr(loader, "safe_open", counting_open)
     for rank in range(size):
-        loader.load_model(config.model_class(config.hf_config, 64, TensorParallel(rank, size)), tmp_path)
+        model = config.model_class(config.hf_config, 64, TensorParallel(rank, size))
+        loader.load_model(model, tmp_path, lambda weight: None)
     nbytes = {name: tensor.nbytes for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     norms = sum(n for name, n in nbytes.items() if "norm" in name)
     assert sum(num_read) == sum(nbytes.values()) + (size - 1) * norms

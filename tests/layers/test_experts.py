@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from torch import nn
 
 from aot import ARCHITECTURES, SHARED_LIMIT, compile_kernel
 from nanovllm.kernels import triton_experts
 from nanovllm.layers import experts
 from nanovllm.layers.experts import Experts, Router
+from nanovllm.layers.weight import PlainWeight
 from nanovllm.models.decoder import DecoderMLP
 from nanovllm.utils.parallel import TensorParallel
 
@@ -17,9 +17,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3}
 
 def make_experts(num_experts: int, hidden_size: int, size: int, dtype: torch.dtype) -> Experts:
     made = Experts(DecoderMLP(hidden_size, size, False, TensorParallel(), reduces=False) for _ in range(num_experts))
-    for param in made.parameters():
-        nn.init.normal_(param, std=0.1)
-    return made.to(DEVICE, dtype)
+    for expert in made:
+        for layer in (expert.gate_up_proj, expert.down_proj):
+            layer.weight.kernel = PlainWeight(0.1 * torch.randn(layer.weight.shape).to(DEVICE, dtype))
+            layer.weight.linear = layer.weight.kernel.linear
+    return made
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -56,9 +58,10 @@ def test_a_tile_has_the_choices_of_one_expert_and_each_choice_one_place(rows):
 def test_the_router_takes_the_likeliest():
     torch.manual_seed(0)
     x, router = torch.randn(5, 24), Router(24, 10, 3, normalizes=True)
-    nn.init.normal_(router.weight)
+    router.weight.fill(torch.randn(240))
+    router.weight.finish(None, "library")
     chosen, counts = router(x)
-    probs = (x @ router.weight.T).softmax(-1)
+    probs = (x @ router.weight.kernel.values.T).softmax(-1)
     for row in range(5):
         best = sorted(range(10), key=lambda expert: -probs[row, expert].item())[:3]
         assert chosen[row].tolist() == best

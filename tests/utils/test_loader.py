@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import random_prompts, reference_tokens, save_model
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.model_runner import stored_weights
 from nanovllm.models.qwen import Qwen3ForCausalLM
 from nanovllm.utils import loader
 from nanovllm.utils.parallel import TensorParallel
@@ -117,40 +118,32 @@ def test_dummy_weights_need_only_a_config_and_are_reproducible(tmp_path):
     for seed in (0, 0, 1):
         with LLM(str(tmp_path), load_format="dummy", seed=seed, **SETTINGS) as llm:
             outputs.append(llm.generate(prompts, SamplingParams(temperature=0, max_tokens=9), use_tqdm=False))
-            weight = next(llm.model_runner.model.parameters())
+            weight = llm.model_runner.model.model.layers[0].mlp.down_proj.weight.kernel.values
             assert 0.015 < weight.std() < 0.025
     assert outputs[0] == outputs[1] != outputs[2]
 
 
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
-def test_a_weight_has_memory_from_its_first_tensor_to_its_conversion(tmp_path, load_format):
-    """So there is never more than the converted ones and those of a layer that is being read."""
+def test_a_weight_has_memory_from_its_first_tensor_to_its_last(tmp_path, load_format):
+    """So there is never more than the finished ones and those of a layer that is being read."""
     hf_model = save_model(tmp_path, tie_word_embeddings=True)
-    with torch.device("meta"):
-        model = Qwen3ForCausalLM(hf_model.config, 64, TensorParallel())
-    converted = []
+    model, finished = Qwen3ForCausalLM(hf_model.config, 64, TensorParallel()), []
+    weights = stored_weights(model).values()
 
-    def convert(param, module):
-        others = [other for other in model.parameters() if other.dim() == 2 and not other.is_meta]
-        assert any(other is param for other in others if param.dim() == 2) or param.dim() == 1
-        assert len(others) <= 3  # the projections of a layer come in the order of their names
-        converted.append(param)
-        return param if param.dim() == 1 else Converted(param.data.clone())
+    def finish(weight):
+        others = [other for other in weights if other.parts]
+        assert weight in others and len(others) <= 3  # the projections of a layer come in the order of their names
+        weight.finish(None, "library")
+        finished.append(weight)
 
     if load_format == "auto":
-        loader.load_model(model, tmp_path, convert=convert)
+        loader.load_model(model, tmp_path, finish)
     else:
-        loader.load_dummy(model, 0, convert=convert)
-    assert len(converted) == len({id(param) for param in converted})
-    assert not any(param.is_meta or param.dim() == 2 for param in model.parameters())
+        loader.load_dummy(model, 0, finish)
+    assert len(finished) == len(weights) and not any(weight.parts for weight in weights)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     if load_format == "auto":
         tensors = load_file(tmp_path / "model.safetensors")
-        assert torch.equal(model.lm_head.weight.values, tensors["model.embed_tokens.weight"])
+        assert torch.equal(model.lm_head.weight.kernel.values, tensors["model.embed_tokens.weight"])
         parts = [tensors[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up")]
-        assert torch.equal(model.model.layers[1].mlp.gate_up_proj.weight.values, torch.cat(parts))
-
-
-class Converted:
-    def __init__(self, values: torch.Tensor):
-        self.values = values
+        assert torch.equal(model.model.layers[1].mlp.gate_up_proj.weight.kernel.values, torch.cat(parts))

@@ -11,7 +11,7 @@ from torch import Tensor
 from nanovllm.kernels.cpu.compiled import call, empty, load_kernels
 from nanovllm.utils.context import Context
 
-GROUP = 128  # as in linear.cpp
+GROUP, PANEL = 128, 32  # as in linear.cpp
 
 
 def has_kernels(x: Tensor, inputs: int = 0, head_dim: int = 0) -> bool:
@@ -78,10 +78,22 @@ class Int8Weight(PackedWeight):
         ]  # values, scales
         call("pack_int8", padded, n, k, *self.parts)
 
+    @classmethod
+    def of_codes(cls, codes: Tensor, scales: Tensor) -> "Int8Weight":
+        """The same of [N, K] int8 and [N] scales."""
+        weight, padded = cls.__new__(cls), _pad_rows(codes)
+        n, k = padded.shape
+        values = padded.view(-1, PANEL, k // 4, 4).transpose(1, 2).contiguous()
+        groups = F.pad(padded, (0, -k % GROUP)).view(n // PANEL, PANEL, -1, GROUP)
+        compensation = groups.sum(-1, dtype=torch.int32).transpose(1, 2).mul(-128)
+        weight.shape = codes.shape
+        weight.parts = [values, F.pad(scales.float(), (0, n - len(scales))), compensation.contiguous()]
+        return weight
+
 
 def _pad_rows(weight: Tensor) -> Tensor:
     """[N, K] with zeros to the next multiple of 32 rows; the weight itself if it has that many."""
-    missing = -weight.shape[0] % 32
+    missing = -weight.shape[0] % PANEL
     return F.pad(weight.data, (0, 0, 0, missing)) if missing else weight.data
 
 
