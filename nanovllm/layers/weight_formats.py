@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.quantized import pack_4_bits, unpack_4_bits
-from nanovllm.utils.checks import check_choice, check_int
+from nanovllm.utils.checks import check_choice, check_int, require
 from nanovllm.utils.loader import CheckpointTensor, ShapeError
 
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+SCALES = FLOATS | {"F8_E8M0"}
 PACKED = frozenset({"I32"})
 FP8 = frozenset({"F8_E4M3"})
 INT8 = frozenset({"I8"})
@@ -54,12 +55,15 @@ class Part:
         if found != stored and not prod(stored) == prod(found) == 1:
             raise ShapeError(f"has shape {found}, the configuration says {stored}")
         if dtype not in self.dtypes:
-            raise ShapeError(f"is {dtype}, and should be {' or '.join(sorted(self.dtypes))}")
+            lacks_scales = self.dtypes == FLOATS and dtype in FP8 | INT8
+            wanted = "has no scales beside it" if lacks_scales else f"should be {' or '.join(sorted(self.dtypes))}"
+            raise ShapeError(f"is {dtype}, and {wanted}")
         if prod(stored) == 1:
             return loaded[...].reshape(1, 1).expand(rows.stop - rows.start, 1)
         spans = [slice(span.start // u, -(-span.stop // u)) for span, u in zip((rows, columns), units, strict=True)]
         x = loaded[tuple(spans[::-1] if self.transposed else spans)]
         x = x.T if self.transposed else x
+        x = x.float() if dtype == "F8_E8M0" else x  # powers of two
         if self.bits:
             x = self._unpack(x)
         elif units[0] > 1:
@@ -125,7 +129,7 @@ def read_format(config: object) -> Format:
 
 def _fp8(config: dict) -> Format:
     block = config.get("weight_block_size") or (0, 0)
-    weight, scale = Part("values", dtypes=FP8), Part("scales", _pair("weight_block_size", block))
+    weight, scale = Part("values", dtypes=FP8), Part("scales", _pair("weight_block_size", block), SCALES)
     others = dict.fromkeys(["activation_scale", "input_scale"], _adds_nothing)
     return Format({"weight": weight, "weight_scale_inv": scale}, others, scale.units[1])
 
@@ -200,10 +204,10 @@ def _group_size(size: int | None) -> int:
 
 
 def _pair(name: str, sizes: list[int]) -> tuple[int, int]:
-    rows, columns = sizes
-    check_int(f"{name}[0]", rows, 0)
-    check_int(f"{name}[1]", columns, 0)
-    return rows, columns
+    require(len(sizes) == 2, f"{name} must be two sizes, of outputs and of inputs, got {sizes}")
+    for size in sizes:
+        check_int(name, size, 0)
+    return tuple(sizes)
 
 
 def _adds_nothing(loaded: CheckpointTensor, shape: tuple[int, int]) -> None:
