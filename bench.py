@@ -91,7 +91,7 @@ ENGINE_OPTIONS = {  # fields of Config, with their defaults
     "max_num_batched_tokens": "most tokens in a step",
     "kvcache_block_size": "tokens in a block of the KV cache",
     "num_kvcache_blocks": "-1 fills the memory budget",
-    "quantization": "int8 (nanovllm on a CPU)",
+    "quantization": "int8 or int4, of a model in 16 bits (nanovllm)",
 }
 PARTS = {
     "products": ("linear_bf16", "linear_int8"),
@@ -153,18 +153,21 @@ def make_workload(lengths: dict[str, int], seed: int = 0, vocab_size: int = MAX_
 
 
 def floor_seconds(
-    workload: Workload, model: PretrainedConfig, itemsize: int, flop_rate: float, bandwidth: float, max_num_seqs: int
-) -> tuple[float, float]:
+    workload: Workload, model: PretrainedConfig, itemsize: int, flop_rate: float, bandwidth: float, max_num_seqs: int,
+    weight_bits: tuple[float, float] | None = None
+) -> tuple[float, float]:  # fmt: skip
     """The least seconds of prefill and of decode, as defined at the top of this file.
 
     Args:
         workload: What is computed.
         model: Dimensions of the model.
-        itemsize: Bytes of a weight and of a cached number.
+        itemsize: Bytes of a cached number, and of a weight unless `weight_bits` says otherwise.
         flop_rate: FLOP/s.
         bandwidth: Bytes/s.
         max_num_seqs: Most sequences in a decode step.
+        weight_bits: Of a weight of the layers, and of the LM head.
     """
+    layer_size, head_size = (bits / 8 for bits in weight_bits) if weight_bits else (itemsize, itemsize)
     layers, hidden, head_dim = model.num_hidden_layers, model.hidden_size, model.head_dim
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     attention = hidden * (2 * heads + 2 * kv_heads) * head_dim + 2 * hidden + 2 * head_dim
@@ -175,7 +178,7 @@ def floor_seconds(
     def weight_bytes(num_tokens: np.ndarray) -> np.ndarray:
         """All of a dense model; of the experts those that so many tokens choose if all are as likely."""
         chosen = num_experts * (1 - (1 - num_chosen / max(num_experts, 1)) ** num_tokens)
-        return (dense_params + chosen * expert_params + head_params) * itemsize
+        return (dense_params + chosen * expert_params) * layer_size + head_params * head_size
 
     kv_bytes = layers * 2 * kv_heads * head_dim * itemsize  # of one token
     pair_flops = layers * 4 * heads * head_dim  # of a query and a key
@@ -196,6 +199,16 @@ def floor_seconds(
     flops = 2 * (layer_params + head_params) * num_seqs + pair_flops * num_keys
     decode = np.maximum(flops / flop_rate, (weight_bytes(num_seqs) + kv_bytes * num_keys) / bandwidth).sum()
     return float(prefill), float(decode)
+
+
+def weight_bits(config: Config) -> tuple[float, float]:
+    """Of a weight of the layers, with its share of scales and zero points, and of the LM head."""
+    plain, weights = 8 * config.dtype.itemsize, config.weight_format
+    if config.quantization is not None:
+        return (4 + 24 / 128 if config.quantization == "int4" else 8), 8
+    if weights.is_plain:
+        return plain, plain
+    return (4 if weights.dtype == torch.uint8 else 8) + (24 / weights.group_size if weights.group_size else 0), plain
 
 
 def experts_of(model: PretrainedConfig) -> tuple[int, int, int, int]:
@@ -236,10 +249,11 @@ def best_seconds(work: Callable[[], object], device: torch.device) -> float:
 
 @torch.inference_mode()
 def measure_flop_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large matrix product."""
+    """FLOP/s (in int8 OP/s) of a large matrix product."""
     rows, outputs, inputs = (8192, 8192, 8192) if device.type == "cuda" else (2048, 3072, 1024)
-    x, weight = (torch.randn(n, inputs, dtype=dtype, device=device) for n in (rows, outputs))
-    return 2 * rows * outputs * inputs / best_seconds(lambda: F.linear(x, weight), device)
+    x, weight = (torch.randn(n, inputs, device=device).to(dtype) for n in (rows, outputs))
+    product = F.linear if dtype.is_floating_point else lambda x, weight: torch._int_mm(x, weight.T)
+    return 2 * rows * outputs * inputs / best_seconds(lambda: product(x, weight), device)
 
 
 @torch.inference_mode()
@@ -427,9 +441,8 @@ def throughput(args: argparse.Namespace, config: Config) -> Figures:
     figures["output_tokens_per_s"] = workload.output_tokens / seconds
     figures["total_tokens_per_s"] = (workload.prompt_tokens + workload.output_tokens) / seconds
     figures |= {"gflops": flop_rate / 1e9, "gbytes_per_s": bandwidth / 1e9}
-    if args.quantization:  # the floor is that of the dtype
-        return figures
-    floors = floor_seconds(workload, config.hf_config, config.dtype.itemsize, flop_rate, bandwidth, config.max_num_seqs)
+    limits = config.dtype.itemsize, flop_rate, bandwidth, config.max_num_seqs, weight_bits(config)
+    floors = floor_seconds(workload, config.hf_config, *limits)
     figures |= {"prefill_floor_seconds": floors[0], "decode_floor_seconds": floors[1], "floor_seconds": sum(floors)}
     return figures | {"percent_of_floor": 100 * sum(floors) / seconds}
 
@@ -527,8 +540,10 @@ def sampling(args: argparse.Namespace, config: Config) -> Figures:
 
 
 def measure_rates(config: Config) -> tuple[float, float]:
-    """FLOP/s of a large matrix product and bytes/s of memory."""
-    return measure_flop_rate(config.dtype, config.device), measure_bandwidth(config.device)
+    """FLOP/s of a large matrix product, of int8 where that is faster and activations are, and bytes/s of memory."""
+    has_int8 = config.device.type == "cpu" and weight_bits(config)[0] < 16
+    dtypes = [config.dtype, torch.int8] if has_int8 else [config.dtype]
+    return max(measure_flop_rate(dtype, config.device) for dtype in dtypes), measure_bandwidth(config.device)
 
 
 def shared_prefix(args: argparse.Namespace, config: Config) -> Figures:

@@ -61,6 +61,7 @@ class ModelRunner:
         self.config = config
         self.device = config.device
         self.num_threads = default_threads()
+        stop_spinning(self.num_threads)
         self.tp = tp or TensorParallel()
         self.sample_with_options = OptionsSampler()
         times = [perf_counter()]
@@ -94,7 +95,6 @@ class ModelRunner:
     def enter_thread(self) -> None:
         """Prepares the thread that will run the steps: PyTorch's settings are each thread's own."""
         torch.set_num_threads(self.num_threads)
-        stop_spinning(self.num_threads)
         if cpu_kernels.has_kernels(torch.empty(0, dtype=self.config.dtype, device=self.device)):
             cpu_kernels.set_num_threads(self.num_threads)
         if self.device.type == "cuda":
