@@ -17,9 +17,20 @@ from nanovllm.kernels import cpu as cpu_kernels
 from nanovllm.kernels.cpu import Int8Weight, PackedWeight, build, compiled
 from nanovllm.kernels.cpu.compiled import Memory, Recording, load_kernels
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.utils.device import cpu_has
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
 BF16 = torch.bfloat16
+
+
+@pytest.fixture(params=["avx512", "amx"])
+def units(request):
+    """What computes products: with and without the matrix units of a processor that has them."""
+    if request.param == "amx" and not cpu_has("amx_bf16"):
+        pytest.skip("no AMX here")
+    load_kernels().set_amx(request.param == "amx")
+    yield request.param
+    load_kernels().set_amx(True)
 
 
 def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
@@ -29,7 +40,7 @@ def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
 @needs_kernels
 @pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072), (21, 64), (45, 8)])
 @pytest.mark.parametrize("m", [1, 2, 11, 12, 13, 33, 300])
-def test_linear_is_as_exact_as_bf16_can_be(m, n, k):
+def test_linear_is_as_exact_as_bf16_can_be(m, n, k, units):
     torch.manual_seed(m)
     weight, bias = torch.randn(n, k, dtype=BF16), torch.randn(n, dtype=BF16)
     x = torch.randn(m, k + 8, dtype=BF16)[:, :k]
@@ -54,17 +65,43 @@ def test_packing_keeps_the_memory_and_its_rows():
 @needs_kernels
 @pytest.mark.parametrize("kind", [PackedWeight, Int8Weight])
 @pytest.mark.parametrize("n", [1, 31, 33, 61])
-def test_results_for_rows_that_do_not_fill_a_panel_end_where_they_should(kind, n):
+@pytest.mark.parametrize("k", [132, 192])
+def test_results_for_rows_that_do_not_fill_a_panel_end_where_they_should(kind, n, k, units):
     """Those of a weight that does, less the last columns; and the memory after them is left alone."""
     torch.manual_seed(n)
-    weight, bias, x = torch.randn(64, 132, dtype=BF16), torch.randn(64, dtype=BF16), torch.randn(25, 132, dtype=BF16)
+    weight, bias, x = torch.randn(64, k, dtype=BF16), torch.randn(64, dtype=BF16), torch.randn(25, k, dtype=BF16)
     whole, part = kind(weight.clone()), kind(weight[:n].clone())
-    assert part.shape == (n, 132)
+    assert part.shape == (n, k)
     assert torch.equal(part.rows(torch.arange(n)), whole.rows(torch.arange(n)))
     assert torch.equal(part.linear(x), whole.linear(x)[:, :n])
     beyond = torch.full((26, n), 7, dtype=BF16)
-    compiled.call("linear_" + kind.kind, x, x.stride(0), *part.parts, bias[:n].clone(), beyond[:25], 25, n, 132)
+    compiled.call("linear_" + kind.kind, x, x.stride(0), *part.parts, bias[:n].clone(), beyond[:25], 25, n, k)
     assert torch.equal(beyond[:25], whole.linear(x, bias)[:, :n]) and (beyond[25] == 7).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", [PackedWeight, Int8Weight])
+@pytest.mark.parametrize("k", [32, 64, 100, 320, 6176])  # of the last, many rows are multiplied in slices
+def test_a_row_has_the_same_result_beside_any_number_of_others(kind, k, units):
+    torch.manual_seed(k)
+    weight, bias, x = kind(torch.randn(96, k, dtype=BF16)), torch.randn(96, dtype=BF16), torch.randn(601, k, dtype=BF16)
+    expected = torch.cat([weight.linear(row, bias) for row in x.split(1)])
+    for m in (2, 12, 13, 16, 17, 31, 32, 33, 48, 65, 257, 300, 601):
+        assert torch.equal(weight.linear(x[-m:], bias), expected[-m:])
+
+
+@needs_kernels
+@pytest.mark.parametrize("n, k", [(96, 64), (45, 192), (1024, 3072)])
+@pytest.mark.parametrize("m", [1, 7, 16, 17, 40, 300])
+def test_int8_products_are_the_same_with_and_without_matrix_units(m, n, k):
+    torch.manual_seed(m)
+    weight, bias, x = Int8Weight(torch.randn(n, k, dtype=BF16)), torch.randn(n, dtype=BF16), torch.randn(m, k)
+    x = (x * torch.logspace(-3, 3, k)).to(BF16)
+    without, with_units = [], []
+    for is_wanted, results in ((False, without), (True, with_units)):
+        load_kernels().set_amx(is_wanted)
+        results += [weight.linear(x), weight.linear(x, bias)]
+    assert all(map(torch.equal, without, with_units))
 
 
 def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +115,7 @@ def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
 @needs_kernels
 @pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072), (21, 64), (45, 8)])
 @pytest.mark.parametrize("m", [1, 12, 13, 40])
-def test_int8_linear_computes_with_quantised_weights_and_activations(m, n, k):
+def test_int8_linear_computes_with_quantised_weights_and_activations(m, n, k, units):
     torch.manual_seed(m)
     weight, bias = torch.randn(n, k, dtype=BF16), torch.randn(n, dtype=BF16)
     x = torch.randn(m, k, dtype=BF16)

@@ -35,6 +35,7 @@ SIGNATURES = {
     "mask_logits": "pippii",
     "replay": "pi",
     "set_num_threads": "i",
+    "set_amx": "i",
     "set_default_threads": "i",
 }
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}

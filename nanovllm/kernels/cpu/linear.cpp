@@ -7,6 +7,7 @@
 // Legend: a product is [M, K] activations times the transpose of an [N, K] weight. K is a multiple of 4; if N is none of
 // 32, rows of zeros fill the weight's last panel, and there are no outputs for them.
 
+#include "amx.h"
 #include "common.h"
 
 namespace {
@@ -15,6 +16,8 @@ constexpr int64_t PANEL = 32;       // columns of a product that a tile computes
 constexpr int64_t TILE_ROWS = 12;   // rows of a tile: 12 x 2 sums leave registers for the operands
 constexpr int64_t TASK_TILES = 20;  // tiles that a thread computes with one panel: their rows then stay in its L2
 constexpr int64_t GROUP = 128;      // activations that share a scale in an int8 product
+
+bool has_amx = amx::is_possible();
 
 // Fetches weights from memory while others are worked with: a tile that has its panel to itself those that it comes to
 // soon, several tiles of one panel each its share of the next panel. Every step is 128 bytes of the tile's own panel.
@@ -118,10 +121,10 @@ void tile_int8(const uint8_t* x, const float* x_scales, const Int8Weight& w, int
         }
 }
 
-// For each tile of rows: f(its first row, its number of rows), in parallel.
+// For each tile of at most `most` rows: f(its first row, its number of rows), in parallel.
 template <class F>
-void for_tiles(int64_t m, F&& f) {
-    int64_t tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
+void for_tiles(int64_t m, int64_t most, F&& f) {
+    int64_t tiles = (m + most - 1) / most;
     parallel_for(tiles, 4, [&](int64_t t) {
         f(first_row(t, tiles, m), first_row(t + 1, tiles, m) - first_row(t, tiles, m));
     });
@@ -142,6 +145,9 @@ void for_products(int64_t m, int64_t n, F&& f) {
 }
 
 }  // namespace
+
+// Whether products are computed by AMX where the processor has it.
+EXPORT void set_amx(int64_t is_wanted) { has_amx = is_wanted && amx::is_possible(); }
 
 // Reorders a [n, k] weight in place; here n is a multiple of 32.
 EXPORT void pack_bf16(bf16* w, int64_t n, int64_t k) {
@@ -176,10 +182,11 @@ EXPORT void pack_int8(const bf16* w, int64_t n, int64_t k, int8_t* values, float
 // out [m, n] = x [m, k] (rows ldx apart) times a packed weight's transpose, plus bias [n] if there is one.
 EXPORT void linear_bf16(const bf16* x, int64_t ldx, const bf16* w, const bf16* bias, bf16* out, int64_t m, int64_t n,
                         int64_t k) {
+    if (has_amx && k % 32 == 0) return amx::linear_bf16(x, ldx, w, bias, out, m, n, k);
     static thread_local std::vector<bf16> buffer;
     buffer.resize(m * k);
     bf16* packed = buffer.data();
-    for_tiles(m, [&](int64_t row, int64_t rows) {
+    for_tiles(m, TILE_ROWS, [&](int64_t row, int64_t rows) {
         bf16* to = packed + row * k;
         for (int64_t i = 0; i < k; i += 2)
             for (int64_t r = 0; r < rows; r++, to += 2) std::memcpy(to, x + (row + r) * ldx + i, 4);
@@ -205,7 +212,8 @@ EXPORT void linear_int8(const bf16* x, int64_t ldx, const int8_t* values, const 
     uint8_t* packed = buffer.data();
     float* x_scales = scale_buffer.data();
     Int8Weight w{values, scales, compensation};
-    for_tiles(m, [&](int64_t row, int64_t rows) {
+    bool use_amx = has_amx && k % 64 == 0;
+    for_tiles(m, use_amx ? 1 : TILE_ROWS, [&](int64_t row, int64_t rows) {
         for (int64_t r = 0; r < rows; r++)
             for (int64_t g = 0; g < groups; g++) {
                 const bf16* from = x + (row + r) * ldx + g * GROUP;
@@ -221,6 +229,7 @@ EXPORT void linear_int8(const bf16* x, int64_t ldx, const int8_t* values, const 
                         to[j] = uint8_t(int32_t(std::nearbyint(to_float(from[i + j]) * inverse)) + 128);
             }
     });
+    if (use_amx) return amx::linear_int8(packed, x_scales, values, scales, compensation, bias, out, m, n, k);
     for_products(m, n, [&](int64_t row, int64_t rows, int64_t panel) {
         Prefetch ahead(values + panel * PANEL * k, PANEL * k, row, rows, m);
         with_rows<TILE_ROWS>(rows, [&]<int R>() {

@@ -1,0 +1,237 @@
+// Products of linear.cpp by the matrix units of newer Xeons (AMX), which take its weights as they are.
+//
+// Two of their tiles, of 16 rows of 64 bytes, are 32 columns of a panel by 32 values of K in bf16 or 64 in int8, or 32
+// rows of activations, in the usual order, by as many values; four are the sums.
+//
+// Products of bf16 are summed in another order than without these units, if in the same for any number of rows: so a
+// weight is multiplied either always here or never. Sums of int8 are exact.
+
+#pragma once
+
+#include "common.h"
+
+#if defined(__linux__) && defined(__x86_64__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+
+namespace amx {
+
+constexpr int64_t ROWS = 32, COLUMNS = 32;  // of a product, computed at a time
+constexpr int64_t STEP = 64;                // bytes of a row of activations that are multiplied at a time,
+constexpr int64_t PANEL_STEP = 2048;        // and those of a panel of weights
+constexpr int64_t BLOCK = 256;              // rows that a thread computes with one panel
+constexpr int64_t GROUP = 128;              // activations that share a scale in an int8 product
+
+// What a thread keeps of activations in its L2. Of larger blocks it takes as many bytes of each row at a time, with
+// several panels before the next.
+constexpr int64_t CACHE = 1 << 20, SLICE = CACHE / BLOCK, PANELS = 8;
+
+// Whether the processor has the units and the system lets this process use them.
+inline bool is_possible() {
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl; for all threads
+    constexpr unsigned FEATURES = 1 << 22 | 1 << 24 | 1 << 25;   // bf16, tiles, int8
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & FEATURES) == FEATURES &&
+           !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+}
+
+// Not as intrinsics, of which compilers disagree what memory they touch, and which want flags of their own.
+template <int TILE>
+inline void load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
+}
+template <int TILE>
+inline void store(void* to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(TILE) : "memory");
+}
+template <bool IS_INT8, int SUMS, int X, int W>
+inline void multiply() {
+    if constexpr (IS_INT8)  // unsigned by signed
+        asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(X), "i"(W));
+    else
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(X), "i"(W));
+}
+
+// A thread's tiles: 0 and 1 the sums of the first 16 rows, 2 and 3 of the others, 4 and 5 their activations, 6 and 7
+// weights. Other libraries set them up in their own way, so that each task begins and ends with them.
+class Tiles {
+  public:
+    ~Tiles() { asm volatile("tilerelease" ::); }
+
+    void configure(int64_t wanted) {
+        if (rows == wanted) return;
+        rows = wanted;
+        struct alignas(64) {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {};
+        } tiles;
+        uint8_t first = std::min<int64_t>(rows, 16), second = std::max<int64_t>(rows - 16, 1);
+        for (int i : {0, 1, 4}) tiles.rows[i] = first;
+        for (int i : {2, 3, 5}) tiles.rows[i] = second;
+        tiles.rows[6] = tiles.rows[7] = 16;
+        asm volatile("ldtilecfg %0" ::"m"(tiles));
+    }
+
+  private:
+    int64_t rows = 0;
+};
+
+// Fetches weights from memory while others are worked with: one of several tiles of rows its share of the next panel.
+struct Prefetch {
+    const char* next;
+    int64_t bytes;  // in a step
+
+    Prefetch(const char* here, const char* next_panel, int64_t size, int64_t tile, int64_t tiles)
+        : next(tiles == 1 ? here + 8192 : next_panel + size * tile / tiles), bytes(PANEL_STEP / tiles) {}
+
+    void step() {
+        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
+        next += bytes;
+    }
+};
+
+// Adds to the sums the products of activations, rows `stride` bytes apart, and a panel's weights; more than 16 rows if
+// HAS_SECOND.
+template <bool IS_INT8, bool HAS_SECOND>
+inline void multiply_steps(const char* x, int64_t stride, const char* w, int64_t steps, Prefetch& ahead) {
+    for (int64_t i = 0; i < steps; i++, x += STEP, w += PANEL_STEP) {
+        load<6>(w, PANEL_STEP / 16);
+        load<4>(x, stride);
+        ahead.step();
+        multiply<IS_INT8, 0, 4, 6>();
+        load<7>(w + 64, PANEL_STEP / 16);
+        multiply<IS_INT8, 1, 4, 7>();
+        if constexpr (HAS_SECOND) {
+            load<5>(x + 16 * stride, stride);
+            multiply<IS_INT8, 2, 5, 6>();
+            multiply<IS_INT8, 3, 5, 7>();
+        }
+    }
+}
+
+// Sums [rows, COLUMNS] of fp32 or int32, or, at a stride of 0, the same for each row.
+template <bool HAS_SECOND>
+inline void load_sums(const void* sums, int64_t stride) {
+    load<0>((const char*)sums, stride);
+    load<1>((const char*)sums + 64, stride);
+    if constexpr (HAS_SECOND) {
+        load<2>((const char*)sums + 16 * stride, stride);
+        load<3>((const char*)sums + 16 * stride + 64, stride);
+    }
+}
+
+template <bool HAS_SECOND>
+inline void store_sums(void* sums) {
+    store<0>((char*)sums, 4 * COLUMNS);
+    store<1>((char*)sums + 64, 4 * COLUMNS);
+    if constexpr (HAS_SECOND) {
+        store<2>((char*)sums + 64 * COLUMNS, 4 * COLUMNS);
+        store<3>((char*)sums + 64 * COLUMNS + 64, 4 * COLUMNS);
+    }
+}
+
+// A weight's panels, each of `bytes` bytes for each of its columns, and what becomes of its products.
+struct Weight {
+    const void* panels;
+    int64_t bytes;
+    const float* scales;  // [N, padded to panels] or nullptr
+    const bf16* bias;     // [N] or nullptr
+};
+
+inline void write_rows(const float (*sums)[COLUMNS], int64_t rows, const Weight& w, int64_t column, bf16* out,
+                       int64_t n) {
+    auto finish = [&](const float* from, int64_t i) {
+        __m512 scale = w.scales ? _mm512_loadu_ps(w.scales + i) : _mm512_set1_ps(1);
+        return _mm512_fmadd_ps(_mm512_loadu_ps(from), scale, w.bias ? load16(w.bias + i, n - i) : _mm512_setzero_ps());
+    };
+    for (int64_t r = 0; r < rows; r++) {
+        __m512i row = (__m512i)_mm512_cvtne2ps_pbh(finish(sums[r] + 16, column + 16), finish(sums[r], column));
+        _mm512_mask_storeu_epi16(out + r * n + column, lanes32(n - column), row);
+    }
+}
+
+// out [m, n], in parallel, of what `add` adds up: add<HAS_SECOND>(first row, rows, panel, its weights, first byte and
+// number of bytes of the rows that are multiplied with them, sums [rows, COLUMNS] so far if that byte is not 0, what to
+// fetch).
+template <class Add>
+void for_products(const Weight& w, bf16* out, int64_t m, int64_t n, Add&& add) {
+    int64_t blocks = (m + BLOCK - 1) / BLOCK, size = (m + blocks * ROWS - 1) / (blocks * ROWS) * ROWS;
+    bool fits = std::min(m, size) * w.bytes <= CACHE;
+    int64_t panels = (n + COLUMNS - 1) / COLUMNS, some = fits ? 1 : PANELS, slice = fits ? w.bytes : SLICE;
+    int64_t groups = (panels + some - 1) / some;
+    parallel_for(blocks * groups, 2, [&](int64_t i) {
+        static thread_local std::vector<float> buffer(PANELS * BLOCK * COLUMNS);
+        int64_t start = i / groups * size, end = std::min(m, start + size), tiles = (end - start + ROWS - 1) / ROWS;
+        Tiles units;
+        for (int64_t byte = 0; byte < w.bytes; byte += slice) {
+            auto sums = (float (*)[COLUMNS])buffer.data();
+            int64_t bytes = std::min(slice, w.bytes - byte);
+            for (int64_t panel = i % groups * some; panel < std::min(panels, (i % groups + 1) * some); panel++) {
+                const char* values = (const char*)w.panels + (panel * w.bytes + byte) * COLUMNS;
+                for (int64_t row = start; row < end; row += ROWS, sums += ROWS) {
+                    int64_t rows = std::min(ROWS, end - row);
+                    units.configure(rows);
+                    Prefetch ahead(values, values + COLUMNS * w.bytes, COLUMNS * bytes, (row - start) / ROWS, tiles);
+                    if (rows > 16)
+                        add.template operator()<true>(row, rows, panel, values, byte, bytes, sums, ahead);
+                    else
+                        add.template operator()<false>(row, rows, panel, values, byte, bytes, sums, ahead);
+                    if (byte + bytes == w.bytes) write_rows(sums, rows, w, panel * COLUMNS, out + row * n, n);
+                }
+            }
+        }
+    });
+}
+
+// See linear.cpp; k is a multiple of 32.
+inline void linear_bf16(const bf16* x, int64_t ldx, const bf16* w, const bf16* bias, bf16* out, int64_t m, int64_t n,
+                        int64_t k) {
+    for_products({w, 2 * k, nullptr, bias}, out, m, n,
+                 [&]<bool HAS_SECOND>(int64_t row, int64_t, int64_t, const char* values, int64_t byte, int64_t bytes,
+                                      float (*sums)[COLUMNS], Prefetch& ahead) {
+        static constexpr float zeros[COLUMNS] = {};
+        load_sums<HAS_SECOND>(byte ? sums[0] : zeros, byte ? 4 * COLUMNS : 0);
+        multiply_steps<false, HAS_SECOND>((const char*)(x + row * ldx) + byte, 2 * ldx, values, bytes / STEP, ahead);
+        store_sums<HAS_SECOND>(sums);
+    });
+}
+
+// out [m, n] from quantised activations [m, k] and their scales [m, k / GROUP], both of whose rows follow each other,
+// and the arrays of an Int8Weight; k is a multiple of 64.
+inline void linear_int8(const uint8_t* x, const float* x_scales, const int8_t* w, const float* scales,
+                        const int32_t* compensation, const bf16* bias, bf16* out, int64_t m, int64_t n, int64_t k) {
+    int64_t groups = (k + GROUP - 1) / GROUP;
+    for_products({w, k, scales, bias}, out, m, n,
+                 [&]<bool HAS_SECOND>(int64_t row, int64_t rows, int64_t panel, const char* values, int64_t byte,
+                                      int64_t bytes, float (*sums)[COLUMNS], Prefetch& ahead) {
+        alignas(64) int32_t dots[ROWS][COLUMNS];
+        if (byte == 0) std::fill(sums[0], sums[rows], 0.0f);
+        for (int64_t from = byte; from < byte + bytes; from += GROUP, values += GROUP * COLUMNS) {
+            int64_t group = from / GROUP, size = std::min(GROUP, byte + bytes - from);
+            load_sums<HAS_SECOND>(compensation + (panel * groups + group) * COLUMNS, 0);
+            multiply_steps<true, HAS_SECOND>((const char*)x + row * k + from, k, values, size / STEP, ahead);
+            store_sums<HAS_SECOND>(dots);
+            for (int64_t r = 0; r < rows; r++) {
+                __m512 scale = _mm512_set1_ps(x_scales[(row + r) * groups + group]);
+                for (int64_t i = 0; i < COLUMNS; i += 16) {
+                    __m512 dot = _mm512_cvtepi32_ps(_mm512_load_si512(dots[r] + i));
+                    _mm512_storeu_ps(sums[r] + i, _mm512_fmadd_ps(dot, scale, _mm512_loadu_ps(sums[r] + i)));
+                }
+            }
+        }
+    });
+}
+
+}  // namespace amx
+
+#else
+
+namespace amx {
+inline bool is_possible() { return false; }
+inline void linear_bf16(auto...) {}
+inline void linear_int8(auto...) {}
+}  // namespace amx
+
+#endif
