@@ -29,7 +29,6 @@ SLOW_NAMES = (
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("NANOVLLM_CPU_PRODUCTS", "packed")  # ours, also where AMX would have PyTorch compute them
 if not torch.cuda.is_available():  # before anything imports triton: kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)

@@ -29,7 +29,7 @@ from nanovllm.layers.experts import Experts
 from nanovllm.layers.logits_processor import logprob_entries, num_top_of, token_logprobs
 from nanovllm.layers.parallel_sampler import sample_on_ranks
 from nanovllm.layers.sampler import sample
-from nanovllm.layers.weight import PlainWeight, Weight, check_batch_invariance, choose_products
+from nanovllm.layers.weight import Weight, check_batch_invariance
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import reading
 from nanovllm.utils.context import Context, Step, use_step
@@ -174,13 +174,11 @@ class ModelRunner:
 
     def _build_model(self) -> torch.nn.Module:
         config = self.config
-        products = choose_products(config.max_num_seqs, config.device, config.batch_invariant)
         if config.batch_invariant:
             sizes, head_dim = config.hf_config, config.hf_config.head_dim
             inputs = [n // self.tp.size for n in (sizes.intermediate_size, sizes.num_attention_heads * head_dim)]
             inputs.append(sizes.hidden_size)
-            ours = config.quantization or products
-            check_batch_invariance(config.dtype, config.device, head_dim, inputs, ours)
+            check_batch_invariance(config.dtype, config.device, head_dim, inputs)
 
         with BUILDING, torch.device(config.device):
             default_dtype = torch.get_default_dtype()
@@ -194,7 +192,7 @@ class ModelRunner:
         for weight in stored_weights(model).values():
             if weight.least_bits == 4 or not is_dummy:
                 weight.format = config.weight_format
-        finish = partial(Weight.finish, quantization=config.quantization, products=products)
+        finish = partial(Weight.finish, quantization=config.quantization, is_invariant=config.batch_invariant)
         if is_dummy:
             load_dummy(model, config.seed, finish)
         else:
@@ -223,10 +221,7 @@ class ModelRunner:
         unpacked = [(name, w) for name, w in weights if not isinstance(w.kernel, cpu_kernels.PackedWeight)]
         if unpacked:
             name, weight = unpacked[0]
-            why = f"of {weight.shape[1]} inputs, no multiple of 4"
-            if weight.shape[1] % 4 == 0:
-                is_plain = isinstance(weight.kernel, PlainWeight)
-                why = "as NANOVLLM_CPU_PRODUCTS or AMX decides" if is_plain else "in 4 bits"
+            why = f"of {weight.shape[1]} inputs, no multiple of 4" if weight.shape[1] % 4 else "in 4 bits"
             others.append(f"{len(unpacked)} products, the first with {name}.weight, {why}")
         if others:
             logger.info("decode steps are not recorded, since PyTorch does " + "; ".join(others))

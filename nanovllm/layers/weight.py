@@ -5,7 +5,6 @@ Legend: T tokens, N/K outputs/inputs of a layer.
 
 import logging
 import mmap
-import os
 from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
@@ -19,8 +18,6 @@ from nanovllm.kernels import cpu as cpu_kernels
 from nanovllm.kernels.fused import triton_problem
 from nanovllm.kernels.quantized import QuantizedWeight, pack_4_bits, quantize
 from nanovllm.layers.weight_formats import PLAIN, Format
-from nanovllm.utils.checks import check_choice
-from nanovllm.utils.device import cpu_has
 from nanovllm.utils.loader import CheckpointTensor
 
 GROUP_SIZES = 128, 32  # of quantization="int4"
@@ -121,15 +118,15 @@ class Weight:
             self.parts["scales"] = torch.full(groups, step, dtype=self.dtype, device=self.device)
         self.parts["values"] = values
 
-    def finish(self, quantization: str | None, products: str) -> None:
-        """Turns what was loaded into what is computed with; `products` is what `choose_products` says."""
+    def finish(self, quantization: str | None = None, is_invariant: bool = False) -> None:
+        """Turns what was loaded into what is computed with, if `is_invariant` so that rows do not depend on others."""
         parts, self.parts = self.parts, {}
         if not self.format.is_plain:
             weight = QuantizedWeight(parts["values"], parts["scales"], parts.get("zeros"), self.format.group_size)
             self.kernel = quantized_kernel(weight, self.dtype)
         else:
             bits = max(BITS.get(quantization, 16), self.least_bits)
-            self.kernel = plain_kernel(parts.pop("values"), bits, products)
+            self.kernel = plain_kernel(parts.pop("values"), bits, is_invariant)
         self.linear = self.kernel.linear
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -150,14 +147,14 @@ class PlainWeight:
         return F.embedding(ids, self.values)
 
 
-def plain_kernel(values: Tensor, bits: int, products: str) -> Kernel:
+def plain_kernel(values: Tensor, bits: int, is_invariant: bool) -> Kernel:
     """A [N, K] weight to compute with, quantised if `bits` are 4 or 8."""
     k = values.shape[1]
     has_kernels = cpu_kernels.has_kernels(values, inputs=k)
     if bits == 16:
-        if products == "triton":
+        if is_invariant and values.is_cuda:
             return import_module("nanovllm.kernels.triton_linear").TritonWeight(values)
-        return cpu_kernels.PackedWeight(values) if has_kernels and products == "packed" else PlainWeight(values)
+        return cpu_kernels.PackedWeight(values) if has_kernels else PlainWeight(values)
     group_size = next((size for size in GROUP_SIZES if bits == 4 and k % size == 0), k)
     if group_size == k and has_kernels:
         return cpu_kernels.Int8Weight(values)
@@ -183,38 +180,15 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-def check_batch_invariance(
-    dtype: torch.dtype, device: torch.device, head_dim: int, inputs: list[int], products: str
-) -> None:
+def check_batch_invariance(dtype: torch.dtype, device: torch.device, head_dim: int, inputs: list[int]) -> None:
     """ValueError if PyTorch would compute something on a CPU, in an order that depends on the number of rows.
 
-    `inputs` are the numbers of inputs of all products, `products` says whose those are.
+    `inputs` are the numbers of inputs of all products.
     """
-    if device.type == "cuda":
-        return
     nothing = torch.empty(0, dtype=dtype, device=device)
-    if not all(cpu_kernels.has_kernels(nothing, inputs=n, head_dim=head_dim) for n in inputs) or products == "onednn":
+    if device.type == "cpu" and not all(cpu_kernels.has_kernels(nothing, inputs=n, head_dim=head_dim) for n in inputs):
         raise ValueError(
             "batch_invariant=True needs on a CPU what its compiled kernels need: dtype='bfloat16', a processor with "
-            "AVX512-BF16 and AVX512-VNNI, a C++ compiler, head_dim of at most 256, products of a multiple of 4 inputs, "
-            f"and no NANOVLLM_CPU_PRODUCTS=onednn; here are {dtype}, head_dim={head_dim}, inputs {sorted(set(inputs))} "
-            f"and products {products!r}: leave batch_invariant out"
+            "AVX512-BF16 and AVX512-VNNI, a C++ compiler, head_dim of at most 256, products of a multiple of 4 inputs; "
+            f"here are {dtype}, head_dim={head_dim}, inputs {sorted(set(inputs))}: leave batch_invariant out"
         )
-
-
-def choose_products(max_num_seqs: int, device: torch.device, batch_invariant: bool = False) -> str:
-    """Whose products of weights to take: "packed", ours, "onednn", PyTorch's, or on CUDA "library" or "triton".
-
-    For bf16 on a CPU with our kernels NANOVLLM_CPU_PRODUCTS decides; without it ours, unless the processor has matrix
-    units (AMX) and steps many rows. Two cores of a Xeon with AMX: 32 prompts of 150 tokens prefill in 5.0 s with oneDNN
-    and in 22.8 s with ours, and decode in 15.9 s and 19.8 s; but 128 steps of one sequence take 11.3 s and 5.4 s, since
-    ours are recorded and read memory faster. Only ours have results for a row that do not depend on how many there are.
-    ValueError if the variable says something else.
-    """
-    if device.type == "cuda":
-        return "triton" if batch_invariant else "library"
-    chosen = os.environ.get("NANOVLLM_CPU_PRODUCTS")
-    if chosen is None:
-        return "onednn" if cpu_has("amx_bf16") and max_num_seqs > 32 and not batch_invariant else "packed"
-    check_choice("NANOVLLM_CPU_PRODUCTS", chosen, ["packed", "onednn"])
-    return chosen

@@ -88,30 +88,6 @@ def test_recordings_take_the_memory_of_the_largest_and_give_it_back_with_the_eng
 
 
 @needs_kernels
-def test_products_are_chosen_by_rows_and_matrix_units_or_by_the_user(tmp_path, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    save_model(tmp_path, dtype=torch.bfloat16, **SIZES)
-    for chosen, has_amx, max_num_seqs, is_packed in (
-        ("packed", True, 512, True),
-        ("onednn", False, 8, False),
-        (None, True, 512, False),
-        (None, True, 32, True),
-        (None, False, 512, True),
-    ):
-        monkeypatch.setattr(weight, "cpu_has", lambda feature: has_amx)  # noqa: B023
-        monkeypatch.delenv("NANOVLLM_CPU_PRODUCTS", raising=False)
-        if chosen:
-            monkeypatch.setenv("NANOVLLM_CPU_PRODUCTS", chosen)
-        caplog.clear()
-        with LLM(str(tmp_path), max_num_seqs=max_num_seqs, **SETTINGS) as llm:
-            assert isinstance(llm.model_runner.model.lm_head.weight.kernel, PackedWeight) == is_packed
-        assert ("NANOVLLM_CPU_PRODUCTS or AMX" in caplog.text) != is_packed
-    monkeypatch.setenv("NANOVLLM_CPU_PRODUCTS", "mkl")
-    with pytest.raises(ValueError, match=r"NANOVLLM_CPU_PRODUCTS must be one of .*packed.*onednn.*'mkl'"):
-        LLM(str(tmp_path), **SETTINGS)
-
-
-@needs_kernels
 def test_tied_embeddings_share_one_packed_weight(tmp_path):
     save_model(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=True, **SIZES)
     for quantization, kind in ((None, PackedWeight), ("int8", Int8Weight)):

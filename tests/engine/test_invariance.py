@@ -7,9 +7,7 @@ from helpers import random_prompts, save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.sampling import OptionsSampler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.kernels.cpu import PackedWeight
 from nanovllm.kernels.cpu.compiled import load_kernels
-from nanovllm.layers import weight
 from nanovllm.layers.sampler import sample
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
@@ -109,18 +107,6 @@ def test_a_request_is_sampled_alike_beside_one_with_options():
 
 
 # ---- batch_invariant
-
-
-@needs_kernels
-def test_batch_invariant_takes_our_products_where_matrix_units_would_take_others(model, monkeypatch):
-    monkeypatch.setattr(weight, "cpu_has", lambda feature: True)
-    monkeypatch.delenv("NANOVLLM_CPU_PRODUCTS")
-    for quantization in (None, "int8"):
-        with LLM(model, batch_invariant=True, quantization=quantization, **SETTINGS) as llm:
-            assert isinstance(llm.model_runner.model.lm_head.weight.kernel, PackedWeight)
-    monkeypatch.setenv("NANOVLLM_CPU_PRODUCTS", "onednn")
-    with pytest.raises(ValueError, match=r"batch_invariant=True needs .* no NANOVLLM_CPU_PRODUCTS=onednn"):
-        LLM(model, batch_invariant=True, **SETTINGS)
 
 
 def test_batch_invariant_where_pytorch_computes_is_an_error(model, tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def test_the_router_takes_the_likeliest():
     torch.manual_seed(0)
     x, router = torch.randn(5, 24), Router(24, 10, 3, normalizes=True)
     router.weight.fill(torch.randn(240))
-    router.weight.finish(None, "library")
+    router.weight.finish()
     chosen, counts = router(x)
     probs = (x @ router.weight.kernel.values.T).softmax(-1)
     for row in range(5):

@@ -44,7 +44,7 @@ def test_column_parallel_ranks_hold_the_rows_of_their_heads(size):
         layer = ColumnParallelLinear(6, {"q": 8, "k": 4}, False, Rank(rank, size))
         for name in loaded:
             layer.load_weight("weight", loaded[name], name)
-        layer.weight.finish(None, "library")
+        layer.weight.finish()
         for name, out in zip(outs, layer(x), strict=True):
             outs[name].append(out)
     torch.testing.assert_close(torch.cat(outs["q"], -1), F.linear(x, q))
@@ -68,7 +68,7 @@ def test_row_parallel_ranks_add_up_with_the_bias_once(size):
         layer = RowParallelLinear(8, 5, True, Rank(rank, size))
         layer.load_weight("weight", Loaded(weight), None)
         layer.load_weight("bias", Loaded(bias), None)
-        layer.weight.finish(None, "library")
+        layer.weight.finish()
         total = total + layer(x[:, layer.columns])
     torch.testing.assert_close(total, F.linear(x, weight, bias))
 
@@ -81,7 +81,7 @@ def test_a_vocabulary_that_does_not_divide_is_padded(size):
     for rank in range(size):
         layer = VocabParallelEmbedding(10, 3, Rank(rank, size))
         layer.load_weight("weight", Loaded(weight), None)
-        layer.weight.finish(None, "library")
+        layer.weight.finish()
         total = total + layer(ids)
     torch.testing.assert_close(total, weight)
 

@@ -133,7 +133,7 @@ def test_a_weight_has_memory_from_its_first_tensor_to_its_last(tmp_path, load_fo
     def finish(weight):
         others = [other for other in weights if other.parts]
         assert weight in others and len(others) <= 3  # the projections of a layer come in the order of their names
-        weight.finish(None, "library")
+        weight.finish()
         finished.append(weight)
 
     if load_format == "auto":
