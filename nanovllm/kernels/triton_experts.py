@@ -30,7 +30,9 @@ def mix(x: Tensor, chosen: Tensor, counts: Tensor, experts: nn.ModuleList) -> Te
 
 
 def _parts(weight: Tensor | TritonQuantizedWeight) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return weight.tensors if isinstance(weight, TritonQuantizedWeight) else (weight, None, None)
+    """Values, scales and zeros."""
+    is_quantized = isinstance(weight, TritonQuantizedWeight)
+    return (weight.values, weight.scales, weight.zeros) if is_quantized else (weight, None, None)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -55,9 +57,9 @@ def grouped_linear(
 
 def grouped_config(weight: Tensor | TritonQuantizedWeight, rows: int, dtype: torch.dtype) -> dict[str, int | str]:
     """The weights' sizes, and of tiles with so many rows; see `linear_config`."""
-    is_quantized, depth = isinstance(weight, TritonQuantizedWeight), 32 if dtype == torch.float32 else 64
-    sizes = weight.sizes if is_quantized else plain_sizes(weight)
-    depth = min(depth, weight.depth) if is_quantized else depth
+    sizes, depth = plain_sizes(weight), 32 if dtype == torch.float32 else 64
+    if isinstance(weight, TritonQuantizedWeight):
+        sizes, depth = weight.sizes, weight.depth(depth)
     return {**sizes, "ROWS": rows, "COLUMNS": 64, "DEPTH": depth, "num_warps": 4, "num_stages": 3}
 
 

@@ -26,12 +26,10 @@ class TritonWeight:
         """[T, K] -> [T, N]; rows of `x` may be strided."""
         num_rows, n = x.shape[0], self.shape[0]
         out = x.new_empty(num_rows, n)
-        config = linear_config(n, x.dtype)
+        sizes, config = plain_sizes(self.weight), linear_config(n, x.dtype)
         grid = triton.cdiv(num_rows, config["ROWS"]), triton.cdiv(n, config["COLUMNS"])
-        sizes = plain_sizes(self.weight)
-        _linear_kernel[grid](
-            x, self.weight, None, None, bias, out, num_rows, x.stride(0), sizes["WIDTH"], **sizes, **config
-        )
+        steps = triton.cdiv(sizes["K"], config["DEPTH"])
+        _linear_kernel[grid](x, self.weight, None, None, bias, out, num_rows, x.stride(0), steps, **sizes, **config)
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -53,19 +51,22 @@ def linear_config(n: int, dtype: torch.dtype) -> dict[str, int]:
     return {"ROWS": 64, "COLUMNS": columns, "DEPTH": 64, "num_warps": 4, "num_stages": 3}
 
 
-@triton.jit(do_not_specialize=["num_rows", "split"])
+@triton.jit(do_not_specialize=["num_rows", "steps"])
 def _linear_kernel(
-    x, values, scales, zeros, bias, out, num_rows, x_stride, split,
+    x, values, scales, zeros, bias, out, num_rows, x_stride, steps,
     N: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
-    """A program computes one tile, in the order of K, from `split` of WIDTH. Neighbours share the weight's columns."""
+    """A program computes one tile, or its share of `steps` steps, in the order of K.
+
+    Neighbours have the same columns: they share the weight. Shares go to `out` one after another, [shares, T, N].
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     rows, is_row = rows.to(tl.int64)[:, None], (rows < num_rows)[:, None]
-    begin = tl.program_id(2) * split
+    begin = tl.program_id(2) * steps * DEPTH
     acc = product(
-        x + rows * x_stride, is_row, values, scales, zeros, columns, begin, tl.minimum(begin + split, WIDTH),
+        x + rows * x_stride, is_row, values, scales, zeros, columns, begin, tl.minimum(begin + steps * DEPTH, WIDTH),
         N, K, WIDTH, GROUP, KIND, ROWS, COLUMNS, DEPTH
     )  # fmt: skip
     if bias is not None:
@@ -108,7 +109,7 @@ def _add(
     if KIND == "plain":
         weight = codes
     else:
-        places, mask = start // GROUP * N + columns, (columns < N) & (start < K)
+        places, mask = columns * ((K + GROUP - 1) // GROUP) + start // GROUP, (columns < N) & (start < K)
         scale = tl.load(scales + places, mask=mask, other=0.0).to(tl.float32)
         if KIND == "fp8":
             bits = (codes.to(tl.int32) & 0x80) << 24 | (codes.to(tl.int32) & 0x7F) << 20

@@ -34,9 +34,7 @@ class TritonQuantizedWeight:
         shape: N and K.
     """
 
-    def __init__(
-        self, values: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, shape: tuple[int, int]
-    ):  # fmt: skip
+    def __init__(self, values: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, shape: tuple[int, int]):
         self.shape, self.kind, (n, k) = torch.Size(shape), KINDS[values.dtype], shape
         width = -(-k // 32) * 16 if self.kind == "int4" else k  # bytes of a row
         num_groups = -(-k // group_size)
@@ -47,18 +45,13 @@ class TritonQuantizedWeight:
         elif self.kind == "int8":
             values = values.view(torch.uint8).bitwise_xor_(128)  # code + 128
             zeros = None if zeros is None else zeros + 128
-        self.values, self.scales = values.view(torch.uint8), scales.T.contiguous()
-        self.zeros = None if zeros is None else zeros.T.contiguous()
-        self.nbytes = sum(tensor.nbytes for tensor in self.tensors if tensor is not None)
+        self.values, self.scales = values.view(torch.uint8), scales.contiguous()  # [N, WIDTH], [N, G]
+        self.zeros = None if zeros is None else zeros.contiguous()
+        self.nbytes = sum(part.nbytes for part in (self.values, self.scales, self.zeros) if part is not None)
         self.sizes = {"N": n, "K": k, "WIDTH": width, "GROUP": group_size, "KIND": self.kind}
         # A tile's weights are of one group, also where those of the high halves begin.
-        self.depth = math.gcd(128, group_size if num_groups > 1 else 128, width if self.kind == "int4" else 128)
-        assert self.depth >= 16, f"groups of {group_size}"
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[N, WIDTH] uint8, and scales and zeros, [G, N]: as the kernels read them."""
-        return self.values, self.scales, self.zeros
+        self.alignment = math.gcd(128, group_size if num_groups > 1 else 128, width if self.kind == "int4" else 128)
+        assert self.alignment >= 16, f"groups of {group_size}"
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[T, K] -> [T, N]; rows of `x` may be strided."""
@@ -66,13 +59,13 @@ class TritonQuantizedWeight:
         config = self.config(num_rows, x.dtype)
         tiles = triton.cdiv(num_rows, config["ROWS"]), triton.cdiv(n, config["COLUMNS"])
         num_splits = max(min(PROGRAMS // math.prod(tiles), self.sizes["WIDTH"] // SPLIT), 1)
-        split = triton.cdiv(self.sizes["WIDTH"], num_splits * config["DEPTH"]) * config["DEPTH"]
-        num_splits = triton.cdiv(self.sizes["WIDTH"], split)
+        steps = triton.cdiv(self.sizes["WIDTH"], num_splits * config["DEPTH"])
+        num_splits = triton.cdiv(self.sizes["WIDTH"], steps * config["DEPTH"])
         out = x.new_empty(num_rows, n)
         partial = out if num_splits == 1 else x.new_empty(num_splits, num_rows, n, dtype=torch.float32)
         _linear_kernel[(*tiles, num_splits)](
-            x, *self.tensors, bias if num_splits == 1 else None, partial, num_rows, x.stride(0), split,
-            **self.sizes, **config,
+            x, self.values, self.scales, self.zeros, bias if num_splits == 1 else None, partial, num_rows, x.stride(0),
+            steps, **self.sizes, **config,
         )  # fmt: skip
         if num_splits > 1:
             _sum_kernel[num_rows, triton.cdiv(n, 1024)](partial, bias, out, num_splits, N=n, COLUMNS=1024)
@@ -80,17 +73,22 @@ class TritonQuantizedWeight:
 
     def config(self, num_rows: int, dtype: torch.dtype) -> dict[str, int]:
         """See `linear_config`; one for few rows and one for many, so that a start-up can compile both."""
-        config = linear_config(self.shape[0], dtype)
         if num_rows <= FEW and dtype != torch.float32:
-            config = {"ROWS": 16, "COLUMNS": 32, "DEPTH": 128, "num_warps": 4, "num_stages": 3}
-        return config | {"DEPTH": min(config["DEPTH"], self.depth)}
+            return {"ROWS": 16, "COLUMNS": 32, "DEPTH": self.depth(256), "num_warps": 4, "num_stages": 3}
+        config = linear_config(self.shape[0], dtype)
+        num_warps = 8 if config["COLUMNS"] == 128 else 4  # whose registers hold what a tile's codes stand for
+        return config | {"DEPTH": self.depth(config["DEPTH"]), "num_warps": num_warps}
+
+    def depth(self, inputs: int) -> int:
+        """Bytes of a row in a tile for so many inputs at most."""
+        return min(inputs // 2 if self.kind == "int4" else inputs, self.alignment)
 
     def rows(self, ids: Tensor) -> Tensor:
         """[T] int64 -> [T, K] fp32, those rows of the weight."""
         values = self.values[ids]
         scales, zeros = (
-            tensor if tensor is None else tensor[:, ids].T.float().repeat_interleave(self.sizes["GROUP"], 1)
-            for tensor in (self.scales, self.zeros)
+            part if part is None else part[ids].float().repeat_interleave(self.sizes["GROUP"], 1)
+            for part in (self.scales, self.zeros)
         )  # fmt: skip
         k = self.shape[1]
         if self.kind == "fp8":
