@@ -29,7 +29,7 @@ class TritonWeight:
         sizes, config = plain_sizes(self.weight), linear_config(n, x.dtype)
         grid = triton.cdiv(num_rows, config["ROWS"]), triton.cdiv(n, config["COLUMNS"])
         steps = triton.cdiv(sizes["K"], config["DEPTH"])
-        _linear_kernel[grid](x, self.weight, None, None, bias, out, num_rows, x.stride(0), steps, **sizes, **config)
+        linear_kernel[grid](x, self.weight, None, None, bias, out, num_rows, x.stride(0), steps, **sizes, **config)
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def linear_config(n: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 @triton.jit(do_not_specialize=["num_rows", "steps"])
-def _linear_kernel(
+def linear_kernel(
     x, values, scales, zeros, bias, out, num_rows, x_stride, steps,
     N: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton_linear import _linear_kernel, linear_config
+from nanovllm.kernels.triton_linear import linear_config, linear_kernel
 
 KINDS = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 FEW = 32  # rows at most in a product that is bound by the weight's bytes
@@ -58,17 +58,15 @@ class TritonQuantizedWeight:
         num_rows, n = x.shape[0], self.shape[0]
         config = self.config(num_rows, x.dtype)
         tiles = triton.cdiv(num_rows, config["ROWS"]), triton.cdiv(n, config["COLUMNS"])
-        num_splits = max(min(PROGRAMS // math.prod(tiles), self.sizes["WIDTH"] // SPLIT), 1)
-        steps = triton.cdiv(self.sizes["WIDTH"], num_splits * config["DEPTH"])
-        num_splits = triton.cdiv(self.sizes["WIDTH"], steps * config["DEPTH"])
+        num_splits, steps = self.split(math.prod(tiles), config["DEPTH"])
         out = x.new_empty(num_rows, n)
         partial = out if num_splits == 1 else x.new_empty(num_splits, num_rows, n, dtype=torch.float32)
-        _linear_kernel[(*tiles, num_splits)](
+        linear_kernel[(*tiles, num_splits)](
             x, self.values, self.scales, self.zeros, bias if num_splits == 1 else None, partial, num_rows, x.stride(0),
             steps, **self.sizes, **config,
         )  # fmt: skip
         if num_splits > 1:
-            _sum_kernel[num_rows, triton.cdiv(n, 1024)](partial, bias, out, num_splits, N=n, COLUMNS=1024)
+            _add_shares_kernel[num_rows, triton.cdiv(n, 1024)](partial, bias, out, num_splits, N=n, COLUMNS=1024)
         return out
 
     def config(self, num_rows: int, dtype: torch.dtype) -> dict[str, int]:
@@ -79,25 +77,31 @@ class TritonQuantizedWeight:
         num_warps = 8 if config["COLUMNS"] == 128 else 4  # whose registers hold what a tile's codes stand for
         return config | {"DEPTH": self.depth(config["DEPTH"]), "num_warps": num_warps}
 
+    def split(self, num_tiles: int, depth: int) -> tuple[int, int]:
+        """Into how many shares the sums of so many tiles are cut up, and the steps of a share."""
+        width = self.sizes["WIDTH"]
+        num_splits = max(min(PROGRAMS // num_tiles, width // SPLIT), 1)
+        steps = triton.cdiv(width, num_splits * depth)
+        return triton.cdiv(width, steps * depth), steps
+
     def depth(self, inputs: int) -> int:
         """Bytes of a row in a tile for so many inputs at most."""
         return min(inputs // 2 if self.kind == "int4" else inputs, self.alignment)
 
     def rows(self, ids: Tensor) -> Tensor:
         """[T] int64 -> [T, K] fp32, those rows of the weight."""
-        values = self.values[ids]
-        scales, zeros = (
-            part if part is None else part[ids].float().repeat_interleave(self.sizes["GROUP"], 1)
-            for part in (self.scales, self.zeros)
-        )  # fmt: skip
-        k = self.shape[1]
+        values, k = self.values[ids], self.shape[1]
         if self.kind == "fp8":
-            return values.view(torch.float8_e4m3fn).float() * scales[:, :k]
-        if self.kind == "int4":
-            values = torch.cat([values & 15, values >> 4], 1)[:, :k]
-        return (values.float() - ({"int4": 8, "int8": 128}[self.kind] if zeros is None else zeros[:, :k])) * scales[
-            :, :k
-        ]
+            values, zeros = values.view(torch.float8_e4m3fn), 0
+        elif self.kind == "int8":
+            zeros = 128
+        else:
+            values, zeros = torch.cat([values & 15, values >> 4], 1)[:, :k], 8
+        scales, zeros = (
+            of.float().repeat_interleave(self.sizes["GROUP"], 1)[:, :k] if isinstance(of, Tensor) else of
+            for of in (self.scales[ids], zeros if self.zeros is None else self.zeros[ids])
+        )
+        return (values.float() - zeros) * scales
 
 
 def _halves_apart(values: Tensor, width: int) -> Tensor:
@@ -110,7 +114,7 @@ def _halves_apart(values: Tensor, width: int) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["num_splits"])
-def _sum_kernel(partial, bias, out, num_splits, N: tl.constexpr, COLUMNS: tl.constexpr):
+def _add_shares_kernel(partial, bias, out, num_splits, N: tl.constexpr, COLUMNS: tl.constexpr):
     """A program adds up partial sums, [num_splits, T, N], of one row, always in the same order."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -176,6 +176,6 @@ def test_attention_kernels_fit_each_architecture(arch, dtype, head_dim, group):
 def test_product_kernel_compiles_ahead_of_time(arch, dtype, n):
     sizes = plain_sizes(torch.empty(n, 1024, device="meta"))
     check_binary(
-        triton_linear._linear_kernel, "x values bias out", "num_rows=i32 x_stride=i32:16 steps=i32", arch, dtype,
+        triton_linear.linear_kernel, "x values bias out", "num_rows=i32 x_stride=i32:16 steps=i32", arch, dtype,
         {"scales": None, "zeros": None, **sizes, **linear_config(n, dtype)},
     )  # fmt: skip

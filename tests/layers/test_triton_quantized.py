@@ -92,20 +92,18 @@ def test_every_code_is_dequantised_exactly(kind):
     assert torch.equal(TritonQuantizedWeight(*args).linear(eye).T, exact)
 
 
-def test_a_long_sum_is_cut_up_and_a_large_weight_is_kept_in_place(monkeypatch):
+def test_a_large_weight_is_kept_in_place_and_its_sums_are_cut_up_into_enough_shares(monkeypatch):
     args, exact = random_weight("int4", 32, 2048, 128)
     values = args[0].clone()
     weight = TritonQuantizedWeight(values, *args[1:])
     assert weight.values.data_ptr() == values.data_ptr()
     assert weight.nbytes == 32 * (1024 + 16 * 4)
-    x, shapes = torch.randn(3, 2048, device=DEVICE), []
-    kernel = triton_quantized._sum_kernel
-    monkeypatch.setattr(triton_quantized, "_sum_kernel", {(3, 1): lambda partial, *_, **__: shapes.append(partial)})
-    weight.linear(x)
-    monkeypatch.setattr(triton_quantized, "_sum_kernel", kernel)
-    assert len(shapes[0]) > 10
-    torch.testing.assert_close(weight.linear(x), x @ exact.T, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(shapes[0].sum(0), x @ exact.T, rtol=1e-4, atol=1e-4)
+    x = torch.randn(3, 2048, device=DEVICE)
+    for size, shares in ((48, 16), (400, 2), (2000, 1)):
+        monkeypatch.setattr(triton_quantized, "SPLIT", size)
+        assert weight.split(1, 64) == (shares, 16 // shares)
+        torch.testing.assert_close(weight.linear(x), x @ exact.T, rtol=1e-5, atol=1e-4)
+    assert weight.split(10**6, 64) == (1, 16)
 
 
 class Mixture(list):
@@ -142,12 +140,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES |= {kind: dtype for dtype, kind in QUANTIZED.items()}
 VARIANTS = [(kind, "bf16", 128, True) for kind in QUANTIZED.values()] + [("int4", "fp16", 32, False)]
 if ALL:
-    VARIANTS += [
-        (kind, dtype, group_size, False)
-        for kind in QUANTIZED.values()
-        for dtype in ("bf16", "fp16", "fp32")
-        for group_size in (32, 2048)
-    ]
+    VARIANTS += [(kind, *of) for kind in QUANTIZED.values() for of in (("fp16", 2048, True), ("fp32", 32, False))]
 by_architecture = pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
 by_variant = pytest.mark.parametrize(("kind", "dtype", "group_size", "has_zeros"), VARIANTS)
 
@@ -182,7 +175,7 @@ def test_quantised_product_compiles_ahead_of_time(arch, kind, dtype, group_size,
     for n in (1024, 8192):
         weight, parts = make_like(kind, n, dtype, group_size, has_zeros)
         check_binary(
-            triton_linear._linear_kernel, {"x": f"*{dtype}:16", "bias": f"*{dtype}:16", "out": "*fp32:16"} | parts,
+            triton_linear.linear_kernel, {"x": f"*{dtype}:16", "bias": f"*{dtype}:16", "out": "*fp32:16"} | parts,
             {"num_rows": "i32", "x_stride": "i32:16", "steps": "i32"},
             {**weight.sizes, **weight.config(num_rows, DTYPES[dtype])}, arch,
         )  # fmt: skip
