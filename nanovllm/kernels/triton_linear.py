@@ -29,7 +29,9 @@ class TritonWeight:
         sizes, config = plain_sizes(self.weight), linear_config(n, x.dtype)
         grid = triton.cdiv(num_rows, config["ROWS"]), triton.cdiv(n, config["COLUMNS"])
         steps = triton.cdiv(sizes["K"], config["DEPTH"])
-        linear_kernel[grid](x, self.weight, None, None, bias, out, num_rows, x.stride(0), steps, **sizes, **config)
+        linear_kernel[grid](
+            x, self.weight, None, None, bias, out, None, num_rows, x.stride(0), steps, **sizes, **config
+        )
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -53,13 +55,13 @@ def linear_config(n: int, dtype: torch.dtype) -> dict[str, int]:
 
 @triton.jit(do_not_specialize=["num_rows", "steps"])
 def linear_kernel(
-    x, values, scales, zeros, bias, out, num_rows, x_stride, steps,
+    x, values, scales, zeros, bias, out, partial, num_rows, x_stride, steps,
     N: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
     """A program computes one tile, or its share of `steps` steps, in the order of K.
 
-    Neighbours have the same columns: they share the weight. Shares go to `out` one after another, [shares, T, N].
+    Neighbours have the same columns: they share the weight. Several shares go to `partial`, [shares, T, N].
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -69,10 +71,13 @@ def linear_kernel(
         x + rows * x_stride, is_row, values, scales, zeros, columns, begin, tl.minimum(begin + steps * DEPTH, WIDTH),
         N, K, WIDTH, GROUP, KIND, ROWS, COLUMNS, DEPTH
     )  # fmt: skip
+    places, mask = rows * N + columns[None, :], is_row & (columns < N)[None, :]
+    if partial is not None:  # one binary for sums that are cut up and others
+        partial += tl.program_id(2).to(tl.int64) * num_rows * N
+        tl.store(partial + places, acc, mask=mask & (tl.num_programs(2) > 1))
     if bias is not None:
         acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    places = (rows + tl.program_id(2).to(tl.int64) * num_rows) * N + columns[None, :]
-    tl.store(out + places, acc.to(out.dtype.element_ty), mask=is_row & (columns < N)[None, :])
+    tl.store(out + places, acc.to(out.dtype.element_ty), mask=mask & (tl.num_programs(2) == 1))
 
 
 @triton.jit

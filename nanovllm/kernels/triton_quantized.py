@@ -58,29 +58,29 @@ class TritonQuantizedWeight:
         num_rows, n = x.shape[0], self.shape[0]
         config = self.config(num_rows, x.dtype)
         tiles = triton.cdiv(num_rows, config["ROWS"]), triton.cdiv(n, config["COLUMNS"])
-        num_splits, steps = self.split(math.prod(tiles), config["DEPTH"])
+        num_splits, steps = self.split(tiles[0], config["DEPTH"])
         out = x.new_empty(num_rows, n)
-        partial = out if num_splits == 1 else x.new_empty(num_splits, num_rows, n, dtype=torch.float32)
+        partial = x.new_empty(num_splits if num_splits > 1 else 0, num_rows, n, dtype=torch.float32)
         linear_kernel[(*tiles, num_splits)](
-            x, self.values, self.scales, self.zeros, bias if num_splits == 1 else None, partial, num_rows, x.stride(0),
-            steps, **self.sizes, **config,
+            x, self.values, self.scales, self.zeros, bias, out, partial, num_rows, x.stride(0), steps,
+            **self.sizes, **config,
         )  # fmt: skip
         if num_splits > 1:
             _add_shares_kernel[num_rows, triton.cdiv(n, 1024)](partial, bias, out, num_splits, N=n, COLUMNS=1024)
         return out
 
     def config(self, num_rows: int, dtype: torch.dtype) -> dict[str, int]:
-        """See `linear_config`; one for few rows and one for many, so that a start-up can compile both."""
+        """See `linear_config`. A product of one row and one of many have compiled all that others need."""
         if num_rows <= FEW and dtype != torch.float32:
             return {"ROWS": 16, "COLUMNS": 32, "DEPTH": self.depth(256), "num_warps": 4, "num_stages": 3}
         config = linear_config(self.shape[0], dtype)
         num_warps = 8 if config["COLUMNS"] == 128 else 4  # whose registers hold what a tile's codes stand for
         return config | {"DEPTH": self.depth(config["DEPTH"]), "num_warps": num_warps}
 
-    def split(self, num_tiles: int, depth: int) -> tuple[int, int]:
-        """Into how many shares the sums of so many tiles are cut up, and the steps of a share."""
-        width = self.sizes["WIDTH"]
-        num_splits = max(min(PROGRAMS // num_tiles, width // SPLIT), 1)
+    def split(self, row_tiles: int, depth: int) -> tuple[int, int]:
+        """Into how many shares the sums are cut up, fewer the more rows there are, and the steps of each."""
+        n, width = self.shape[0], self.sizes["WIDTH"]
+        num_splits = max(min(PROGRAMS // (row_tiles * triton.cdiv(n, 32)), width // SPLIT), 1)
         steps = triton.cdiv(width, num_splits * depth)
         return triton.cdiv(width, steps * depth), steps
 

@@ -177,5 +177,5 @@ def test_product_kernel_compiles_ahead_of_time(arch, dtype, n):
     sizes = plain_sizes(torch.empty(n, 1024, device="meta"))
     check_binary(
         triton_linear.linear_kernel, "x values bias out", "num_rows=i32 x_stride=i32:16 steps=i32", arch, dtype,
-        {"scales": None, "zeros": None, **sizes, **linear_config(n, dtype)},
+        {"scales": None, "zeros": None, "partial": None, **sizes, **linear_config(n, dtype)},
     )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from aot import ALL, ARCHITECTURES, SHARED_LIMIT, compile_kernel
+from launches import Specialization, record, without_interpreter
 from nanovllm.kernels import triton_experts, triton_linear, triton_quantized
 from nanovllm.kernels.triton_quantized import TritonQuantizedWeight
 
@@ -136,6 +137,25 @@ def test_a_mixture_of_quantised_experts_is_that_of_dequantised_ones(kind, group_
 
 # ---- binaries
 
+
+def record_products(n: int, has_bias: bool) -> tuple[set[Specialization], set[Specialization]]:
+    """What is compiled for one row and for many, and for numbers between."""
+    weight = TritonQuantizedWeight(*random_weight("int4", n, 4096, 128, True, torch.float16)[0])
+    bias = torch.zeros(n, dtype=torch.bfloat16) if has_bias else None
+
+    def launch(*numbers: int) -> None:
+        for num_rows in numbers:
+            weight.linear(torch.zeros(num_rows, 4096, dtype=torch.bfloat16), bias)
+
+    return record(lambda: launch(1, 2000)), record(lambda: launch(2, 16, 17, 32, 33, 64, 65, 128, 129, 512, 1000))
+
+
+@pytest.mark.parametrize(("n", "has_bias"), [(1024, False), (6000, True), (16384, False)])
+def test_no_batch_compiles_anything_after_one_row_and_many(n, has_bias):
+    start_up, steps = without_interpreter(record_products, n, has_bias)
+    assert steps <= start_up and len(start_up) == 2 + (n < 16384)
+
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES |= {kind: dtype for dtype, kind in QUANTIZED.items()}
 VARIANTS = [(kind, "bf16", 128, True) for kind in QUANTIZED.values()] + [("int4", "fp16", 32, False)]
@@ -174,10 +194,11 @@ def check_binary(kernel: object, pointers: dict[str, str | None], others: dict, 
 def test_quantised_product_compiles_ahead_of_time(arch, kind, dtype, group_size, has_zeros, num_rows):
     for n in (1024, 8192):
         weight, parts = make_like(kind, n, dtype, group_size, has_zeros)
+        others = {name: f"*{dtype}:16" for name in ("x", "bias", "out")} | {"partial": "*fp32:16"}
+        config = weight.config(num_rows, DTYPES[dtype])
         check_binary(
-            triton_linear.linear_kernel, {"x": f"*{dtype}:16", "bias": f"*{dtype}:16", "out": "*fp32:16"} | parts,
-            {"num_rows": "i32", "x_stride": "i32:16", "steps": "i32"},
-            {**weight.sizes, **weight.config(num_rows, DTYPES[dtype])}, arch,
+            triton_linear.linear_kernel, parts | others, {"num_rows": "i32", "x_stride": "i32:16", "steps": "i32"},
+            {**weight.sizes, **config}, arch,
         )  # fmt: skip
 
 
