@@ -59,7 +59,7 @@ def grouped_config(weight: Tensor | TritonQuantizedWeight, rows: int, dtype: tor
     """The weights' sizes, and of tiles with so many rows; see `linear_config`."""
     sizes, depth = plain_sizes(weight), 32 if dtype == torch.float32 else 64
     if isinstance(weight, TritonQuantizedWeight):
-        sizes, depth = weight.sizes, weight.depth(depth)
+        sizes, depth = weight.sizes, weight.depth(depth * 2 if rows == 16 and depth == 64 else depth)
     return {**sizes, "ROWS": rows, "COLUMNS": 64, "DEPTH": depth, "num_warps": 4, "num_stages": 3}
 
 

@@ -204,6 +204,8 @@ def test_quantised_product_compiles_ahead_of_time(arch, kind, dtype, group_size,
 @by_variant
 @pytest.mark.parametrize("rows", [16, 64], ids="{} rows".format)
 def test_quantised_experts_compile_ahead_of_time(arch, kind, dtype, group_size, has_zeros, rows):
+    if (dtype, rows) == ("fp32", 64):
+        pytest.skip("fp32 takes tiles of 16 rows")
     weight, parts = make_like(kind, 1536, dtype, group_size, has_zeros)
     parts = {f"{name}_like": of for name, of in parts.items()}
     check_binary(
