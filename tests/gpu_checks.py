@@ -516,7 +516,8 @@ def tensor_parallel() -> Iterator[Seen]:
 
 TRITON_TESTS = [f"tests/layers/test_{name}.py" for name in ("attention_triton", "copy_blocks", "invariant_triton")]
 FUSED_TESTS = [
-    f"tests/layers/test_{name}.py" for name in ("fused", "experts", "sampler", "logits_processor", "fallback")
+    f"tests/layers/test_{name}.py"
+    for name in ("fused", "experts", "triton_quantized", "sampler", "logits_processor", "fallback")
 ]
 GROUPS: dict[str, tuple[int, list[Callable[[], Iterator[Seen]]]]] = {  # seconds, checks of one process, in this order
     "attention": (60, [ceilings, attention_accuracy, large_cache, decode_bandwidth]),

@@ -142,7 +142,7 @@ METHODS = {
     "packed-8-channel": packed(8, -1, True),
     "packed-8-asymmetric": packed(8, 32, False),
     "int8": (compressed("int-quantized"), int8),
-    "fp8-blocks": (FP8_CONFIG | {"weight_block_size": [24, 40]}, fp8("weight_scale_inv", 24, 40)),
+    "fp8-blocks": (FP8_CONFIG | {"weight_block_size": [24, 48]}, fp8("weight_scale_inv", 24, 48)),
     "fp8-tensor": (FP8_CONFIG, fp8("weight_scale_inv", 0, 0)),
     "float-channel": (compressed("float-quantized", type="float"), fp8("weight_scale", 1, 0)),
     "float-tensor": (compressed("float-quantized", type="float", strategy="tensor"), fp8("weight_scale", 0, 0)),

@@ -50,7 +50,7 @@ def test_layers_that_are_not_quantised_stay_so(tmp_path, method):
 def test_two_ranks_have_their_parts(tmp_path, method):
     model = save_quantized(tmp_path, method, intermediate_size=128)
     if method == "fp8-blocks":
-        with pytest.raises(ValueError, match=r"tensor_parallel_size=2 divides groups of 40 of 128 .* use one of \[1\]"):
+        with pytest.raises(ValueError, match=r"tensor_parallel_size=2 divides groups of 48 of 128 .* use one of \[1\]"):
             LLM(str(tmp_path), tensor_parallel_size=2, dtype="float32", **SETTINGS)
     else:
         check_tokens(tmp_path, model, tensor_parallel_size=2)

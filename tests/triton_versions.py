@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 VERSIONS = ["3.4.0", "3.5.1", "3.6.0", "3.7.1"]  # of PyTorch 2.8, 2.9, 2.10 and 2.13
 FILES = [
-    f"tests/layers/test_{name}.py" for name in ("attention_compiled", "attention_triton", "invariant_triton", "fused")
+    f"tests/layers/test_{name}.py"
+    for name in ("attention_compiled", "attention_triton", "invariant_triton", "fused", "experts", "triton_quantized")
 ]
 
 

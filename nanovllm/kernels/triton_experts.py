@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from nanovllm.kernels.triton_fused import silu_and_mul
+from nanovllm.kernels.triton_linear import plain_sizes, product
+from nanovllm.kernels.triton_quantized import TritonQuantizedWeight
 
 
 def mix(x: Tensor, chosen: Tensor, counts: Tensor, experts: nn.ModuleList) -> Tensor:
@@ -17,34 +19,50 @@ def mix(x: Tensor, chosen: Tensor, counts: Tensor, experts: nn.ModuleList) -> Te
     num_tokens, num_chosen = chosen.shape
     is_dense = num_tokens * num_chosen > 32 * len(experts)
     tiles = sort_by_expert(chosen, len(experts), 64 if is_dense and x.dtype != torch.float32 else 16)
+    alike = experts if experts.addresses is None else experts[:1]
+    kernels = [[getattr(expert, name).weight.kernel for expert in alike] for name in ("gate_up_proj", "down_proj")]
+    weights = [[k if isinstance(k, TritonQuantizedWeight) else k.values for k in some] for some in kernels]
     if experts.addresses is None:  # made once, for a graph cannot copy from the host
-        weights = [(expert.gate_up_proj.weight, expert.down_proj.weight) for expert in experts]
-        addresses = [[weight.kernel.values.data_ptr() for weight in pair] for pair in weights]
-        experts.addresses = torch.tensor(addresses, device=x.device).T.contiguous()  # [2, E]
+        addresses = [[[_address(part) for part in _parts(weight)] for weight in alike] for alike in weights]
+        experts.addresses = torch.tensor(addresses, device=x.device).mT.contiguous()  # [2, 3, E]
     of_up, of_down = experts.addresses
-    gate_up = grouped_linear(x, of_up, experts[0].gate_up_proj.weight.kernel.values, num_chosen, *tiles)
-    down = grouped_linear(
-        silu_and_mul(*gate_up.chunk(2, -1)), of_down, experts[0].down_proj.weight.kernel.values, 1, *tiles
-    )
+    gate_up = grouped_linear(x, of_up, weights[0][0], num_chosen, *tiles)
+    down = grouped_linear(silu_and_mul(*gate_up.chunk(2, -1)), of_down, weights[1][0], 1, *tiles)
     return (down.float().view(num_tokens, num_chosen, -1) * counts.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
+def _parts(weight: Tensor | TritonQuantizedWeight) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Values, scales and zeros."""
+    is_quantized = isinstance(weight, TritonQuantizedWeight)
+    return (weight.values, weight.scales, weight.zeros) if is_quantized else (weight, None, None)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def grouped_linear(
-    x: Tensor, addresses: Tensor, weight: Tensor, num_chosen: int, tiles: Tensor, of_tile: Tensor
+    x: Tensor, addresses: Tensor, like: Tensor | TritonQuantizedWeight, num_chosen: int, tiles: Tensor, of_tile: Tensor
 ) -> Tensor:
     """[T * num_chosen, N]: for each choice the product of its token, a row of [T, D], with its expert's [N, D] weight.
 
-    Those are at the [E] `addresses`, and all like `weight`.
+    Those are at the [3, E] `addresses` (values, scales and zeros), and all like `like`.
     """
-    (n, depth), (num_tiles, rows) = weight.shape, tiles.shape
-    out = x.new_empty(x.shape[0] * num_chosen, n)
-    config = {"ROWS": rows, "COLUMNS": 64, "DEPTH": 32 if x.dtype == torch.float32 else 64}
-    grid = num_tiles, triton.cdiv(n, config["COLUMNS"])
-    _grouped_kernel[grid](
-        x, addresses, weight, tiles, of_tile, out, x.stride(0), NUM_CHOSEN=num_chosen, N=n, K=depth, **config,
-        num_warps=4, num_stages=3,
+    num_tiles, config = len(tiles), grouped_config(like, tiles.shape[1], x.dtype)
+    out = x.new_empty(x.shape[0] * num_chosen, config["N"])
+    _grouped_kernel[num_tiles, triton.cdiv(config["N"], config["COLUMNS"])](
+        x, addresses, *_parts(like), tiles, of_tile, out, x.stride(0), NUM_CHOSEN=num_chosen, E=addresses.shape[1],
+        **config,
     )  # fmt: skip
     return out
+
+
+def grouped_config(weight: Tensor | TritonQuantizedWeight, rows: int, dtype: torch.dtype) -> dict[str, int | str]:
+    """The weights' sizes, and of tiles with so many rows; see `linear_config`."""
+    sizes, depth = plain_sizes(weight), 32 if dtype == torch.float32 else 64
+    if isinstance(weight, TritonQuantizedWeight):
+        sizes, depth = weight.sizes, weight.depth(depth * 2 if rows == 16 and depth == 64 else depth)
+    return {**sizes, "ROWS": rows, "COLUMNS": 64, "DEPTH": depth, "num_warps": 4, "num_stages": 3}
 
 
 def sort_by_expert(chosen: Tensor, num_experts: int, rows_per_tile: int) -> tuple[Tensor, Tensor]:
@@ -67,26 +85,30 @@ def sort_by_expert(chosen: Tensor, num_experts: int, rows_per_tile: int) -> tupl
     return tiles.view(num_tiles, rows_per_tile), of_tile.clamp(max=num_experts - 1)
 
 
-@triton.jit(do_not_specialize=["x_stride"])
+@triton.jit
 def _grouped_kernel(
-    x, addresses, like, tiles, of_tile, out, x_stride, NUM_CHOSEN: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
+    x, addresses, values_like, scales_like, zeros_like, tiles, of_tile, out, x_stride,
+    NUM_CHOSEN: tl.constexpr, E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
-    """A program computes COLUMNS outputs of one tile with its expert's weight, which has the dtype of `like`."""
+    """A program computes COLUMNS outputs of one tile with its expert's weight, whose parts have the dtypes given."""
     tiles += tl.program_id(0) * ROWS
     if tl.load(tiles) >= 0:  # else the tile is empty
-        rows = tl.load(tiles + tl.arange(0, ROWS))
+        rows = tl.load(tiles + tl.arange(0, ROWS))[:, None]
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        depth = tl.arange(0, DEPTH)
-        address = tl.load(addresses + tl.load(of_tile + tl.program_id(0)))
-        weight = tl.multiple_of(address, 16).to(tl.pointer_type(like.dtype.element_ty))
-        x_rows = x + (rows // NUM_CHOSEN)[:, None] * x_stride + depth[None, :]
-        weight += columns.to(tl.int64)[None, :] * K + depth[:, None]
-        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, K, DEPTH):
-            is_in = start + depth < K
-            x_tile = tl.load(x_rows + start, mask=(rows >= 0)[:, None] & is_in[None, :], other=0.0)
-            weight_tile = tl.load(weight + start, mask=(columns < N)[None, :] & is_in[:, None], other=0.0)
-            acc = tl.dot(x_tile, weight_tile, acc, input_precision="ieee")
-        mask = (rows >= 0)[:, None] & (columns < N)[None, :]
-        tl.store(out + rows[:, None] * N + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
+        addresses += tl.load(of_tile + tl.program_id(0))
+        acc = product(
+            x + rows // NUM_CHOSEN * x_stride, rows >= 0, _at(addresses, values_like), _at(addresses + E, scales_like),
+            _at(addresses + 2 * E, zeros_like), columns, 0, WIDTH, N, K, WIDTH, GROUP, KIND, ROWS, COLUMNS, DEPTH
+        )  # fmt: skip
+        mask = (rows >= 0) & (columns < N)[None, :]
+        tl.store(out + rows * N + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _at(address, like):
+    """The pointer at `address`, None for what is None."""
+    pointer = like
+    if like is not None:
+        pointer = tl.multiple_of(tl.load(address), 16).to(tl.pointer_type(like.dtype.element_ty))
+    return pointer

@@ -164,7 +164,9 @@ def plain_kernel(values: Tensor, bits: int, is_invariant: bool) -> Kernel:
 def quantized_kernel(weight: QuantizedWeight, dtype: torch.dtype) -> Kernel:
     """A quantised weight to compute with, in activations of `dtype`."""
     if weight.values.is_cuda and triton_problem() is None:
-        return import_module("nanovllm.kernels.triton_quantized").TritonQuantizedWeight(weight)
+        triton_quantized, group_size = import_module("nanovllm.kernels.triton_quantized"), weight.group_size
+        parts = weight.values, weight.scales, weight.zeros
+        return triton_quantized.TritonQuantizedWeight(*parts, group_size or weight.shape[1], weight.shape)
     if cpu_kernels.has_kernels(torch.empty(0, dtype=dtype, device=weight.values.device), inputs=weight.shape[1]):
         if weight.values.dtype == torch.int8 and weight.zeros is None and weight.scales.shape[1] == 1:
             return cpu_kernels.Int8Weight.of_codes(weight.values, weight.scales.flatten())

@@ -198,16 +198,16 @@ READERS = {"fp8": _fp8, "awq": _awq, "gptq": _gptq, "compressed-tensors": _compr
 def _group_size(size: int | None) -> int:
     """As in a configuration, where -1 says that all inputs are one group."""
     check_int("group_size", size, -1)
-    if size != -1 and (size < 8 or size % 8):
-        raise ValueError(f"group_size={size} is not supported, but multiples of 8, or -1")
+    require(
+        size == -1 or (size > 0 and size % 16 == 0), f"group_size={size} is not supported, but multiples of 16, or -1"
+    )
     return max(size, 0)
 
 
 def _pair(name: str, sizes: list[int]) -> tuple[int, int]:
     require(len(sizes) == 2, f"{name} must be two sizes, of outputs and of inputs, got {sizes}")
-    for size in sizes:
-        check_int(name, size, 0)
-    return tuple(sizes)
+    check_int(name, sizes[0], 0)
+    return sizes[0], _group_size(sizes[1] or -1)
 
 
 def _adds_nothing(loaded: CheckpointTensor, shape: tuple[int, int]) -> None:

@@ -71,8 +71,11 @@ def test_the_router_takes_the_likeliest():
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
 @pytest.mark.parametrize(("dtype", "rows"), [("bf16", 16), ("bf16", 64), ("fp32", 16)])
 def test_grouped_kernel_compiles_ahead_of_time(arch, dtype, rows):
-    signature = {name: f"*{dtype}:16" for name in ("x", "like", "out")}
+    signature = {name: f"*{dtype}:16" for name in ("x", "values_like", "out")}
     signature |= dict.fromkeys(["addresses", "tiles", "of_tile"], "*i64:16") | {"x_stride": "i32:16"}
-    sizes = {"NUM_CHOSEN": 8, "N": 1536, "K": 2048, "ROWS": rows, "COLUMNS": 64, "DEPTH": 32 if dtype == "fp32" else 64}
-    binary = compile_kernel(triton_experts._grouped_kernel, signature, sizes, arch, num_warps=4, num_stages=3)
+    weight = torch.empty(1536, 2048, device="meta")
+    config = triton_experts.grouped_config(weight, rows, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    launch = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    sizes = {"NUM_CHOSEN": 8, "E": 128, "scales_like": None, "zeros_like": None, **config}
+    binary = compile_kernel(triton_experts._grouped_kernel, signature, sizes, arch, **launch)
     assert binary.shared <= SHARED_LIMIT[arch] and binary.spilled == 0

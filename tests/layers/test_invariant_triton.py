@@ -17,7 +17,7 @@ from nanovllm.kernels import triton_invariant_attention, triton_linear
 from nanovllm.kernels.attention import _check_outputs
 from nanovllm.kernels.triton_attention import store_kvcache
 from nanovllm.kernels.triton_invariant_attention import InvariantTritonAttention, invariant_config
-from nanovllm.kernels.triton_linear import TritonWeight, linear_config
+from nanovllm.kernels.triton_linear import TritonWeight, linear_config, plain_sizes
 from nanovllm.layers.attention import Attention
 from nanovllm.utils.context import Context
 
@@ -174,8 +174,8 @@ def test_attention_kernels_fit_each_architecture(arch, dtype, head_dim, group):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("n", [1024, 151936] if ALL else [151936])
 def test_product_kernel_compiles_ahead_of_time(arch, dtype, n):
-    config = linear_config(n, dtype)
+    sizes = plain_sizes(torch.empty(n, 1024, device="meta"))
     check_binary(
-        triton_linear._linear_kernel, "x weight bias out", "num_rows=i32 x_stride=i32:16", arch, dtype,
-        {"N": n, "K": 1024, **config},
+        triton_linear.linear_kernel, "x values bias out", "num_rows=i32 x_stride=i32:16 steps=i32", arch, dtype,
+        {"scales": None, "zeros": None, "partial": None, **sizes, **linear_config(n, dtype)},
     )  # fmt: skip
