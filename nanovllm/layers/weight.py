@@ -32,8 +32,8 @@ def check_quantization(quantization: str | None, dtype: torch.dtype, device: tor
     """ValueError if `quantization`, None or "int8", is not for this dtype, device or processor."""
     if quantization is not None and not cpu_kernels.has_kernels(torch.empty(0, dtype=dtype, device=device)):
         raise ValueError(
-            f"quantization={quantization!r} needs device='cpu', dtype='bfloat16', a processor with AVX512-BF16 and "
-            f"AVX512-VNNI, and a C++ compiler; here are {device.type} and {dtype}: leave quantization out"
+            f"quantization={quantization!r} needs device='cpu', dtype='bfloat16', a processor with AVX2 or Arm's dot "
+            f"products, and a C++ compiler; here are {device.type} and {dtype}: leave quantization out"
         )
 
 
@@ -50,7 +50,7 @@ def check_batch_invariance(
     if not all(cpu_kernels.has_kernels(nothing, inputs=n, head_dim=head_dim) for n in inputs) or products == "onednn":
         raise ValueError(
             "batch_invariant=True needs on a CPU what its compiled kernels need: dtype='bfloat16', a processor with "
-            "AVX512-BF16 and AVX512-VNNI, a C++ compiler, head_dim of at most 256, products of a multiple of 4 inputs, "
+            "AVX2 or Arm's dot products, a C++ compiler, head_dim of at most 256, products of a multiple of 4 inputs, "
             f"and no NANOVLLM_CPU_PRODUCTS=onednn; here are {dtype}, head_dim={head_dim}, inputs {sorted(set(inputs))} "
             f"and products {products!r}: leave batch_invariant out"
         )
@@ -60,16 +60,18 @@ def choose_products(max_num_seqs: int, device: torch.device, batch_invariant: bo
     """Whose products of weights to take: "packed", ours, "onednn", PyTorch's, or on CUDA "library" or "triton".
 
     For bf16 on a CPU with our kernels NANOVLLM_CPU_PRODUCTS decides; without it ours, unless the processor has matrix
-    units (AMX) and steps many rows. Two cores of a Xeon with AMX: 32 prompts of 150 tokens prefill in 5.0 s with oneDNN
-    and in 22.8 s with ours, and decode in 15.9 s and 19.8 s; but 128 steps of one sequence take 11.3 s and 5.4 s, since
-    ours are recorded and read memory faster. Only ours have results for a row that do not depend on how many there are.
+    units (AMX), which NANOVLLM_CPU_ISA does not rule out, and steps many rows. Two cores of a Xeon with AMX: 32 prompts
+    of 150 tokens prefill in 5.0 s with oneDNN and in 22.8 s with ours, and decode in 15.9 s and 19.8 s; but 128 steps
+    of one sequence take 11.3 s and 5.4 s, since ours are recorded and read memory faster. Only ours have results for a
+    row that do not depend on how many there are.
     ValueError if the variable says something else.
     """
     if device.type == "cuda":
         return "triton" if batch_invariant else "library"
     chosen = os.environ.get("NANOVLLM_CPU_PRODUCTS")
     if chosen is None:
-        return "onednn" if cpu_has("amx_bf16") and max_num_seqs > 32 and not batch_invariant else "packed"
+        has_units = cpu_has("amx_bf16") and "NANOVLLM_CPU_ISA" not in os.environ
+        return "onednn" if has_units and max_num_seqs > 32 and not batch_invariant else "packed"
     check_choice("NANOVLLM_CPU_PRODUCTS", chosen, ["packed", "onednn"])
     return chosen
 
