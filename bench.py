@@ -848,7 +848,7 @@ def make_config(args: argparse.Namespace, model: str) -> Config:
         raise ValueError(f"sequences of {longest} tokens exceed --max-model-len {config.max_model_len}")
     has_kernels = config.device.type == "cpu" and config.dtype == torch.bfloat16 and cpu_kernels.load_kernels()
     if args.parts and not (args.engine == "nanovllm" and has_kernels):
-        raise ValueError("--parts is for nanovllm in bfloat16 on a CPU with AVX512-BF16")
+        raise ValueError("--parts is for nanovllm in bfloat16 on a CPU that the kernels are compiled for")
     return config
 
 

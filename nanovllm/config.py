@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from nanovllm.kernels.attention import BACKENDS
+from nanovllm.kernels.cpu import load_kernels
 from nanovllm.layers.rotary_embedding import rope_settings
 from nanovllm.layers.weight_formats import Format, read_format
 from nanovllm.models import MODELS
@@ -120,7 +121,8 @@ class Config:
         else:
             stored = getattr(self.hf_config, "dtype" if hasattr(self.hf_config, "dtype") else "torch_dtype", None)
             stored = DTYPES.get(str(stored).removeprefix("torch."), torch.bfloat16)
-            self.dtype = suitable_dtype(stored, self.device)
+            has_kernels = self.device.type == "cpu" and load_kernels() is not None
+            self.dtype = suitable_dtype(stored, self.device, has_kernels)
         with reading(self.model_path / "generation_config.json") if self.eos is None else nullcontext():
             eos = self._read_eos() if self.eos is None else self.eos
             self.eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos)

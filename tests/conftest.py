@@ -1,6 +1,7 @@
 """One thread: the tests' models are so small that a second one costs more than it computes."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in SLOW_FILES or any(name in item.name for name in SLOW_NAMES):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:  # the instruction sets of this processor that there are kernels for
+        from nanovllm.kernels.cpu.targets import TARGETS
+
+        names = [target.name for target in TARGETS if target.is_supported()]
+        metafunc.parametrize("target", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def target(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One instruction set after the other, whose kernels are those that everything computes with meanwhile."""
+    from nanovllm.kernels.cpu import load_kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOVLLM_CPU_ISA", request.param)
+        load_kernels.cache_clear()
+        if load_kernels() is None:
+            pytest.skip("no C++ compiler")
+        assert load_kernels().target == request.param
+        yield request.param
+    load_kernels.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -234,7 +234,7 @@ def test_mistakes_are_explained(monkeypatch, capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(cpu_kernels.load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
+@pytest.mark.skipif(cpu_kernels.load_kernels() is None, reason="no kernels for this processor, or no compiler")
 def test_shares_of_time_add_up_and_attention_reads_all_keys(capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure_rates", lambda config: (1e9, 1e9))
     lengths = [f"--{kind}-{what}-len={n}" for what, n in (("input", 9), ("output", 3)) for kind in ("min", "max")]

@@ -165,12 +165,13 @@ def test_a_model_without_eos_never_stops_early(tmp_path):
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-def test_auto_dtype_is_bf16_only_where_it_is_fast(tmp_path, stored, monkeypatch):
+def test_auto_dtype_is_bf16_only_where_it_is_fast_or_we_make_it_so(tmp_path, stored, monkeypatch):
     save_model(tmp_path)
     edit_config(tmp_path, dtype=stored, torch_dtype=stored)
-    for fast in (True, False):
+    for fast, kernels in ((True, None), (False, object()), (False, None)):
         monkeypatch.setattr(device, "has_fast_bf16", lambda _: fast)  # noqa: B023
-        expected = torch.bfloat16 if fast and stored != "float32" else torch.float32
+        monkeypatch.setattr(config, "load_kernels", lambda: kernels)  # noqa: B023
+        expected = torch.bfloat16 if (fast or kernels) and stored != "float32" else torch.float32
         assert Config(str(tmp_path), device="cpu").dtype == expected
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.cpu import load_kernels
 from nanovllm.kernels.flash_attention import Opened, open_flash_attn, open_torch_varlen
 from nanovllm.kernels.fused import triton_problem
 from nanovllm.kernels.plain_attention import CPUAttention, has_kernels
@@ -75,7 +76,7 @@ def open_invariant(device: torch.device, dtype: torch.dtype, head_dim: int, bloc
 
 def open_cpu(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> Opened:
     is_compiled = device.type == "cpu" and has_kernels(torch.empty(0, head_dim, dtype=dtype))
-    return CPUAttention, "cpu (C++)" if is_compiled else "cpu (plain PyTorch)"
+    return CPUAttention, f"cpu (C++), {load_kernels().target}" if is_compiled else "cpu (plain PyTorch)"
 
 
 # In the order in which "auto" tries them. Each returns a backend and what to call it, or raises why there is none here.

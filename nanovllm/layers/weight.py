@@ -191,6 +191,6 @@ def check_batch_invariance(dtype: torch.dtype, device: torch.device, head_dim: i
     if device.type == "cpu" and not all(cpu_kernels.has_kernels(nothing, inputs=n, head_dim=head_dim) for n in inputs):
         raise ValueError(
             "batch_invariant=True needs on a CPU what its compiled kernels need: dtype='bfloat16', a processor with "
-            "AVX512-BF16 and AVX512-VNNI, a C++ compiler, head_dim of at most 256, products of a multiple of 4 inputs; "
+            "AVX2 or Arm's dot products, a C++ compiler, head_dim of at most 256, products of a multiple of 4 inputs; "
             f"here are {dtype}, head_dim={head_dim}, inputs {sorted(set(inputs))}: leave batch_invariant out"
         )

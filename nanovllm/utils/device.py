@@ -2,10 +2,13 @@
 
 import math
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, cycle
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from nanovllm.utils.checks import require
 GIB = 2**30
 CPU_CACHE_BYTES = 4 * GIB
 TORCH_THREADS = torch.get_num_threads()  # PyTorch's own choice: of the machine's cores, whatever a container limits
+APPLE_FEATURES = {"hw.optional.arm.FEAT_DotProd": "asimddp", "hw.optional.arm.FEAT_BF16": "bf16"}
 ALIGNMENT = 64  # bytes; Triton compiles a kernel anew for a pointer that is not a multiple of 16
 
 
@@ -34,19 +38,31 @@ def resolve_device(name: str) -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 products run in hardware there, rather than through fp32."""
+    """Whether PyTorch's bf16 products run in hardware there, rather than through fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return any(cpu_has(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def cpu_has(feature: str) -> bool:
-    """Whether the processor has an instruction set, by PyTorch's name for it."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return bool(torch.cpu.get_capabilities().get(feature))
-    probes = {"avx512_bf16": "avx512_bf16", "avx512_vnni": "vnni", "amx_bf16": "amx_tile"}
-    probe = probes.get(feature, feature.split("_")[0])
-    return bool(getattr(torch.cpu, f"_is_{probe}_supported", bool)())  # torch 2.8
+    """Whether the processor has an instruction set, and the system lets it be used, by Linux's name for it."""
+    return feature in _cpu_features()
+
+
+@cache
+def _cpu_features() -> frozenset[str]:
+    if sys.platform == "darwin":
+        listed = subprocess.run(["sysctl", "-a"], capture_output=True, text=True).stdout.splitlines()
+        pairs = [(name, value.strip()) for name, _, value in (line.partition(":") for line in listed)]
+        intel = {word.lower() for name, value in pairs if name.endswith("features") for word in value.split()}
+        return frozenset(intel | {arm for name, arm in APPLE_FEATURES.items() if (name, "1") in pairs})
+    try:
+        listed = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        known = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.9
+        return frozenset(name for name, is_there in known.items() if is_there is True)
+    words = (line.partition(":")[2].split() for line in listed if line.startswith(("flags", "Features")))
+    return frozenset(next(words, []))
 
 
 class NotACudaDevice(ValueError):
@@ -62,12 +78,15 @@ def gpu_capability(device: torch.device) -> tuple[int, int]:
     return capability
 
 
-def suitable_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What to compute a checkpoint of `dtype` in: 16 bits become fp32 or fp16 where bf16 is slow."""
+def suitable_dtype(dtype: torch.dtype, device: torch.device, has_kernels: bool) -> torch.dtype:
+    """What to compute a checkpoint of `dtype` in: 16 bits become fp32 or fp16 where bf16 is slow.
+
+    With kernels of its own, which `has_kernels` says, it is fast on any CPU.
+    """
     if dtype == torch.float32:
         return dtype
     if device.type == "cpu":
-        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+        return torch.bfloat16 if has_kernels or has_fast_bf16(device) else torch.float32
     return dtype if dtype == torch.float16 or has_fast_bf16(device) else torch.float16
 
 

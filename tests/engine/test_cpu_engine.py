@@ -14,7 +14,7 @@ from nanovllm.kernels.cpu.compiled import load_kernels
 from nanovllm.kernels.quantized import QuantizedWeight
 from nanovllm.layers import weight
 
-needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
+needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no kernels for this processor, or no compiler")
 SETTINGS = {"kvcache_block_size": 16, "num_kvcache_blocks": 60, "dtype": "bfloat16", "device": "cpu"}
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 320}
 

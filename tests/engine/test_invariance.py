@@ -10,7 +10,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.cpu.compiled import load_kernels
 from nanovllm.layers.sampler import sample
 
-needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
+needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no kernels for this processor, or no compiler")
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "vocab_size": 1200, "num_attention_heads": 6}
 SETTINGS = {"device": "cpu", "dtype": "bfloat16", "kvcache_block_size": 64, "num_kvcache_blocks": 100}
 PROMPTS = random_prompts([3, 64, 130, 201, 77, 37], vocab_size=1200)
@@ -67,6 +67,16 @@ def test_batches_chunks_block_sizes_and_prefix_hits_change_no_bit(model, alone, 
         assert beside_others(llm) == expected
         assert llm.stats()["cached_prompt_tokens"] > hits or block_size > max(map(len, PROMPTS))
         assert llm.stats()["preemptions"] == 0
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_each_instruction_set_changes_no_bit(model, target, quantization):
+    settings = SETTINGS | {"quantization": quantization}
+    with LLM(model, **settings) as llm:
+        expected = results([llm.generate([p], s, use_tqdm=False)[0] for p, s in zip(PROMPTS, PARAMS, strict=True)])
+    blocks = {"kvcache_block_size": 37, "num_kvcache_blocks": 170}
+    with LLM(model, **settings | blocks, max_num_batched_tokens=53) as llm:
+        assert beside_others(llm) == expected
 
 
 @needs_kernels

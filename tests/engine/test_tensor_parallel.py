@@ -117,7 +117,7 @@ def test_logprobs_of_completions_and_prompts_equal_those_of_one_rank(llm, single
             assert a.token_logprobs == pytest.approx(b.token_logprobs, abs=1e-4)
 
 
-@pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
+@pytest.mark.skipif(load_kernels() is None, reason="no kernels for this processor, or no compiler")
 def test_beside_others_and_in_chunks_two_ranks_change_no_bit_of_a_request(tmp_path):
     save_model(tmp_path, dtype=torch.bfloat16)
     prompts, settings = random_prompts([3, 70, 130]), {"tensor_parallel_size": 2, "num_kvcache_blocks": 100}

@@ -98,6 +98,12 @@ def test_prefill_and_decode_match_the_reference(name, kv_heads, group, head_dim,
     close(case.backend.decode(torch.stack([x[-1] for x in case.q]), *case.caches, context), torch.cat(truth), dtype)
 
 
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("shape", [GRID[0], GRID[10], *GRID[33::12], *GRID[-4:]], ids=str)
+def test_the_kernels_of_each_instruction_set_match_the_reference(shape):
+    test_prefill_and_decode_match_the_reference("cpu", *shape, torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_slot_minus_one_is_not_stored(name):
     case = Case(BACKENDS[name], 2, 2, 32, 16, torch.float32)

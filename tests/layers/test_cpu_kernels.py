@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -14,33 +15,23 @@ import torch.nn.functional as F
 
 from helpers import ROOT, chi_squared_p
 from nanovllm.kernels import cpu as cpu_kernels
-from nanovllm.kernels.cpu import Int8Weight, PackedWeight, build, compiled
+from nanovllm.kernels.cpu import Int8Weight, PackedWeight, build, compiled, targets
 from nanovllm.kernels.cpu.compiled import Memory, Recording, load_kernels
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.utils.device import cpu_has
 
-needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
+needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no kernels for this processor, or no compiler")
+on_each_target = pytest.mark.usefixtures("target")
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(params=["avx512", "amx"])
-def units(request):
-    """What computes products: with and without the matrix units of a processor that has them."""
-    if request.param == "amx" and not cpu_has("amx_bf16"):
-        pytest.skip("no AMX here")
-    load_kernels().set_amx(request.param == "amx")
-    yield request.param
-    load_kernels().set_amx(True)
 
 
 def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
     return ((x.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
-@needs_kernels
+@on_each_target
 @pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072), (21, 64), (45, 8)])
 @pytest.mark.parametrize("m", [1, 2, 11, 12, 13, 33, 300])
-def test_linear_is_as_exact_as_bf16_can_be(m, n, k, units):
+def test_linear_is_as_exact_as_bf16_can_be(m, n, k):
     torch.manual_seed(m)
     weight, bias = torch.randn(n, k, dtype=BF16), torch.randn(n, dtype=BF16)
     x = torch.randn(m, k + 8, dtype=BF16)[:, :k]
@@ -51,7 +42,7 @@ def test_linear_is_as_exact_as_bf16_can_be(m, n, k, units):
     assert relative_error(packed.linear(x, bias), exact + bias.double()) < 0.62 * 2**-8
 
 
-@needs_kernels
+@on_each_target
 def test_packing_keeps_the_memory_and_its_rows():
     weight = torch.randn(96, 20, dtype=BF16)
     original, pointer = weight.clone(), weight.data_ptr()
@@ -62,11 +53,11 @@ def test_packing_keeps_the_memory_and_its_rows():
     assert torch.equal(packed.rows(ids), original[ids])
 
 
-@needs_kernels
+@on_each_target
 @pytest.mark.parametrize("kind", [PackedWeight, Int8Weight])
 @pytest.mark.parametrize("n", [1, 31, 33, 61])
 @pytest.mark.parametrize("k", [132, 192])
-def test_results_for_rows_that_do_not_fill_a_panel_end_where_they_should(kind, n, k, units):
+def test_results_for_rows_that_do_not_fill_a_panel_end_where_they_should(kind, n, k):
     """Those of a weight that does, less the last columns; and the memory after them is left alone."""
     torch.manual_seed(n)
     weight, bias, x = torch.randn(64, k, dtype=BF16), torch.randn(64, dtype=BF16), torch.randn(25, k, dtype=BF16)
@@ -79,29 +70,15 @@ def test_results_for_rows_that_do_not_fill_a_panel_end_where_they_should(kind, n
     assert torch.equal(beyond[:25], whole.linear(x, bias)[:, :n]) and (beyond[25] == 7).all()
 
 
-@needs_kernels
+@on_each_target
 @pytest.mark.parametrize("kind", [PackedWeight, Int8Weight])
 @pytest.mark.parametrize("k", [32, 64, 100, 320, 6176])  # of the last, many rows are multiplied in slices
-def test_a_row_has_the_same_result_beside_any_number_of_others(kind, k, units):
+def test_a_row_has_the_same_result_beside_any_number_of_others(kind, k):
     torch.manual_seed(k)
-    weight, bias, x = kind(torch.randn(96, k, dtype=BF16)), torch.randn(96, dtype=BF16), torch.randn(601, k, dtype=BF16)
+    weight, bias, x = kind(torch.randn(96, k, dtype=BF16)), torch.randn(96, dtype=BF16), torch.randn(301, k, dtype=BF16)
     expected = torch.cat([weight.linear(row, bias) for row in x.split(1)])
-    for m in (2, 12, 13, 16, 17, 31, 32, 33, 48, 65, 257, 300, 601):
+    for m in (2, 3, 5, 12, 13, 16, 17, 31, 32, 33, 48, 65, 257, 301):
         assert torch.equal(weight.linear(x[-m:], bias), expected[-m:])
-
-
-@needs_kernels
-@pytest.mark.parametrize("n, k", [(96, 64), (45, 192), (1024, 3072)])
-@pytest.mark.parametrize("m", [1, 7, 16, 17, 40, 300])
-def test_int8_products_are_the_same_with_and_without_matrix_units(m, n, k):
-    torch.manual_seed(m)
-    weight, bias, x = Int8Weight(torch.randn(n, k, dtype=BF16)), torch.randn(n, dtype=BF16), torch.randn(m, k)
-    x = (x * torch.logspace(-3, 3, k)).to(BF16)
-    without, with_units = [], []
-    for is_wanted, results in ((False, without), (True, with_units)):
-        load_kernels().set_amx(is_wanted)
-        results += [weight.linear(x), weight.linear(x, bias)]
-    assert all(map(torch.equal, without, with_units))
 
 
 def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,10 +89,10 @@ def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (x * (1 / scale)).round(), scale
 
 
-@needs_kernels
+@on_each_target
 @pytest.mark.parametrize("n, k", [(32, 4), (96, 132), (1024, 3072), (21, 64), (45, 8)])
 @pytest.mark.parametrize("m", [1, 12, 13, 40])
-def test_int8_linear_computes_with_quantised_weights_and_activations(m, n, k, units):
+def test_int8_linear_computes_with_quantised_weights_and_activations(m, n, k):
     torch.manual_seed(m)
     weight, bias = torch.randn(n, k, dtype=BF16), torch.randn(n, dtype=BF16)
     x = torch.randn(m, k, dtype=BF16)
@@ -132,7 +109,7 @@ def test_int8_linear_computes_with_quantised_weights_and_activations(m, n, k, un
     assert relative_error(rows, (values * scales).flatten(1)) < 2**-8
 
 
-@needs_kernels
+@on_each_target
 @pytest.mark.parametrize("n", [1, 20, 1000, 1024])
 def test_norm_and_gate_round_as_plain_pytorch_does(n):
     torch.manual_seed(n)
@@ -150,14 +127,14 @@ def test_norm_and_gate_round_as_plain_pytorch_does(n):
     assert torch.allclose(cpu_kernels.silu_and_mul(gate, up).float(), expected.float(), rtol=2**-7, atol=1e-30)
 
 
-@needs_kernels
+@on_each_target
 def test_gate_of_extreme_values():
     gate = torch.tensor([[-3e38, -200.0, -88.0, 0.0, 200.0, 3e38]], dtype=BF16)
     ones = torch.ones_like(gate)
     assert torch.allclose(cpu_kernels.silu_and_mul(gate, ones).float(), F.silu(gate.float()), rtol=2**-7, atol=1e-30)
 
 
-@needs_kernels
+@on_each_target
 @pytest.mark.parametrize("head_dim", [32, 80, 128])
 @pytest.mark.parametrize("with_norm", [True, False])
 def test_norm_and_rotation(head_dim, with_norm):
@@ -178,7 +155,7 @@ def test_norm_and_rotation(head_dim, with_norm):
         assert out.is_contiguous() and torch.allclose(out.float(), expected, rtol=2**-6, atol=2**-6)
 
 
-@needs_kernels
+@on_each_target
 @pytest.mark.parametrize("vocab_size", [7, 512, 1300])
 def test_sampled_tokens_follow_the_distribution(vocab_size):
     torch.manual_seed(vocab_size)
@@ -191,7 +168,7 @@ def test_sampled_tokens_follow_the_distribution(vocab_size):
     assert chi_squared_p(counts, (logits.float() / temperature).softmax(-1)) > 1e-4
 
 
-@needs_kernels
+@on_each_target
 def test_sampling_at_the_edges():
     logits = torch.tensor([[1, 5, 5, -torch.inf], [5, 1, 0, -torch.inf]], dtype=BF16).repeat(3, 1)
     temperatures = torch.tensor([0, 1e-6, 1e6, 1, 1, 1e-30])
@@ -296,27 +273,27 @@ def cache(tmp_path, monkeypatch):
 @needs_kernels
 def test_library_is_compiled_once_and_found_where_the_compiler_is_gone(cache, monkeypatch):
     monkeypatch.delenv("CXX")
-    library = build.build()
+    flags = targets.usable_targets()[0].flags
+    library = build.build(flags)
     assert ctypes.CDLL(str(library)).attend and list(cache.iterdir()) == [library]
     os.utime(library, (1, 1))
-    assert build.build() == library
+    assert build.build(flags) == library
     monkeypatch.setenv("CXX", "/does/not/exist")
-    assert build.build() == library and library.stat().st_mtime == 1
+    assert build.build(flags) == library and library.stat().st_mtime == 1
 
 
 def test_sources_flags_and_compiler_each_make_another_library(cache, monkeypatch, tmp_path):
-    first = build.build()
+    first = build.build([])
     write_compiler(tmp_path / "c++", version="2")
-    second = build.build()
-    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
-    third = build.build()
+    second = build.build([])
+    third = build.build(["-g"])
     monkeypatch.setattr(build, "HEADERS", [write_compiler(tmp_path / "changed.h")])
-    assert len({first, second, third, build.build()}) == len(list(cache.iterdir())) == 4
+    assert len({first, second, third, build.build(["-g"])}) == len(list(cache.iterdir())) == 4
     write_compiler(tmp_path / "c++", version="1")
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "c++"))
-    assert build.build() == first
+    assert build.build([]) == first
 
 
 def load_warned() -> str:
@@ -344,7 +321,7 @@ def test_without_a_home_to_write_to_the_directory_for_temporary_files_is_used(ca
     for variable, home in (("XDG_CACHE_HOME", "/proc/nowhere"), ("XDG_CACHE_HOME", ""), ("HOME", "/dev/null")):
         monkeypatch.setenv("HOME", "~")  # as where nobody knows a user's home
         monkeypatch.setenv(variable, home)
-        library = build.build()
+        library = build.build([])
     assert library.parent == tmp_path / "temporary" / f"nanovllm_kernels_{os.getuid()}"
     assert list(library.parent.iterdir()) == [library] and library.parent.stat().st_mode & 0o077 == 0
 
@@ -352,14 +329,51 @@ def test_without_a_home_to_write_to_the_directory_for_temporary_files_is_used(ca
 def test_a_directory_of_another_user_is_not_trusted(cache, monkeypatch):
     monkeypatch.setattr(build, "UID", build.UID + 1)
     with pytest.raises(RuntimeError, match=rf"{cache}: it belongs to another user; .*XDG_CACHE_HOME"):
-        build.build()
+        build.build([])
     assert not list(cache.iterdir())
 
 
-def test_processors_without_the_instructions_get_plain_pytorch_silently(monkeypatch, recwarn):
-    monkeypatch.setattr(compiled, "cpu_has", lambda feature: feature != "avx512_vnni")
+@needs_kernels
+def test_where_a_target_does_not_compile_the_next_lower_one_is_taken_with_one_warning(cache, monkeypatch, tmp_path):
+    best, lower, *_ = [*targets.usable_targets(), None]
+    if lower is None:
+        pytest.skip("only one instruction set here")
+    [flag] = set(best.flags) - set(lower.flags)
+    fails = f'case "$*" in *{flag}*) echo "error: unknown option" >&2; exit 1;; esac'
+    copies = f'while [ "$1" != -o ]; do shift; done; exec cp {load_kernels()._name} "$2"'
+    (tmp_path / "c++").write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo 3\n{fails}\n{copies}\n')
+    with pytest.warns(UserWarning, match=f"those for {lower.name}.*{best.name}: .*error: unknown option") as record:
+        assert load_kernels.__wrapped__().target == lower.name
+    assert len(record) == 1
+    monkeypatch.setenv(targets.VARIABLE, lower.name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_kernels.__wrapped__().target == lower.name
+
+
+def test_processors_get_the_best_target_that_they_have_all_instructions_for(monkeypatch, recwarn):
+    def has(*features: str) -> list[str]:
+        monkeypatch.setattr(targets, "cpu_has", lambda feature: feature in features)
+        return [target.name for target in targets.usable_targets()]
+
+    monkeypatch.delenv(targets.VARIABLE, raising=False)
+    assert has("avx2", "fma") == ["avx2"]
+    assert has("avx2", "fma", "avx_vnni") == ["avx_vnni", "avx2"]
+    assert has(*targets.AVX512, "avx512_vnni") == ["avx512_vnni", "avx512", "avx2"]
+    assert has(*targets.AVX512, "avx512_vnni", "avx512_bf16")[0] == "avx512_bf16"
+    assert has("asimddp") == ["neon"] and has("asimddp", "bf16") == ["neon_bf16", "neon"]
+    assert has("avx2") == has("bf16") == []
     assert load_kernels.__wrapped__() is None
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("value", ["avx1", "", "neon avx2"])
+def test_an_unknown_instruction_set_is_an_error_that_says_which_there_are(monkeypatch, value):
+    monkeypatch.setattr(targets, "cpu_has", lambda feature: feature in ("avx2", "fma", "avx_vnni"))
+    for name in (value, "avx512", "neon"):
+        monkeypatch.setenv(targets.VARIABLE, name)
+        with pytest.raises(ValueError, match=rf"NANOVLLM_CPU_ISA must be one of \['avx_vnni', 'avx2'\], got '{name}'"):
+            load_kernels.__wrapped__()
 
 
 THREADS = """

@@ -42,7 +42,7 @@ VOCAB = 200
 DRAWS = 20_000
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU = torch.device("cpu")
-needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no AVX512-BF16 here, or no C++ compiler")
+needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no kernels for this processor, or no compiler")
 
 
 @pytest.fixture(params=["plain", pytest.param("compiled", marks=needs_kernels)])
@@ -230,6 +230,12 @@ def test_the_kernels_keep_exactly_what_plain_pytorch_keeps(vocab_size):
                 plain, compiled = (filtered(rows, road, *options, CPU) for road in ("plain", "compiled"))
                 assert torch.equal(plain, compiled), (top_k, top_p, min_p)
                 assert plain.isfinite().any(1).all()
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("vocab_size", [15, 1000])
+def test_those_of_each_instruction_set_keep_the_same(vocab_size):
+    test_the_kernels_keep_exactly_what_plain_pytorch_keeps(vocab_size)
 
 
 def test_a_logit_that_is_not_a_number_is_no_crash(road):

@@ -1,6 +1,7 @@
 """What the machine, a container or the user leaves to an engine."""
 
 import os
+import platform
 
 import numpy as np
 import pytest
@@ -99,3 +100,10 @@ def test_uploads_wait_only_for_the_copy_from_the_buffer_that_they_write_to(monke
     for item, tensors in zip(arrays, sent, strict=True):
         assert tensors[1] is None
         assert tensors[0].tolist() == item[0].tolist() and tensors[2].tolist() == item[2].tolist()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="PyTorch says this of x86 alone")
+def test_instruction_sets_are_those_that_pytorch_finds():
+    assert device.cpu_has("avx2") == torch.cpu._is_avx2_supported()
+    assert device.cpu_has("avx512f") == torch.cpu._is_avx512_supported()
+    assert not device.cpu_has("avx") or not device.cpu_has("asimddp")

@@ -10,10 +10,10 @@
 
 #include "common.h"
 
-#if defined(__linux__) && defined(__x86_64__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#ifdef WITH_AMX
 
-#include <cpuid.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 
 namespace amx {
 
@@ -27,22 +27,19 @@ constexpr int64_t GROUP = 128;              // activations that share a scale in
 // several panels before the next.
 constexpr int64_t CACHE = 1 << 20, SLICE = CACHE / BLOCK, PANELS = 8;
 
-// Whether the processor has the units and the system lets this process use them.
-inline bool is_possible() {
-    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl; for all threads
-    constexpr unsigned FEATURES = 1 << 22 | 1 << 24 | 1 << 25;   // bf16, tiles, int8
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & FEATURES) == FEATURES &&
-           !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
-}
+// Whether the system lets this process use them; asked for once, for all threads.
+inline const bool is_usable = [] {
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}();
 
 // Not as intrinsics, of which compilers disagree what memory they touch, and which want flags of their own.
 template <int TILE>
-inline void load(const void* from, int64_t stride) {
+inline void load_tile(const void* from, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
 }
 template <int TILE>
-inline void store(void* to, int64_t stride) {
+inline void store_tile(void* to, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(TILE) : "memory");
 }
 template <bool IS_INT8, int SUMS, int X, int W>
@@ -97,14 +94,14 @@ struct Prefetch {
 template <bool IS_INT8, bool HAS_SECOND>
 inline void multiply_steps(const char* x, int64_t stride, const char* w, int64_t steps, Prefetch& ahead) {
     for (int64_t i = 0; i < steps; i++, x += STEP, w += PANEL_STEP) {
-        load<6>(w, PANEL_STEP / 16);
-        load<4>(x, stride);
+        load_tile<6>(w, PANEL_STEP / 16);
+        load_tile<4>(x, stride);
         ahead.step();
         multiply<IS_INT8, 0, 4, 6>();
-        load<7>(w + 64, PANEL_STEP / 16);
+        load_tile<7>(w + 64, PANEL_STEP / 16);
         multiply<IS_INT8, 1, 4, 7>();
         if constexpr (HAS_SECOND) {
-            load<5>(x + 16 * stride, stride);
+            load_tile<5>(x + 16 * stride, stride);
             multiply<IS_INT8, 2, 5, 6>();
             multiply<IS_INT8, 3, 5, 7>();
         }
@@ -114,21 +111,21 @@ inline void multiply_steps(const char* x, int64_t stride, const char* w, int64_t
 // Sums [rows, COLUMNS] of fp32 or int32, or, at a stride of 0, the same for each row.
 template <bool HAS_SECOND>
 inline void load_sums(const void* sums, int64_t stride) {
-    load<0>((const char*)sums, stride);
-    load<1>((const char*)sums + 64, stride);
+    load_tile<0>((const char*)sums, stride);
+    load_tile<1>((const char*)sums + 64, stride);
     if constexpr (HAS_SECOND) {
-        load<2>((const char*)sums + 16 * stride, stride);
-        load<3>((const char*)sums + 16 * stride + 64, stride);
+        load_tile<2>((const char*)sums + 16 * stride, stride);
+        load_tile<3>((const char*)sums + 16 * stride + 64, stride);
     }
 }
 
 template <bool HAS_SECOND>
 inline void store_sums(void* sums) {
-    store<0>((char*)sums, 4 * COLUMNS);
-    store<1>((char*)sums + 64, 4 * COLUMNS);
+    store_tile<0>((char*)sums, 4 * COLUMNS);
+    store_tile<1>((char*)sums + 64, 4 * COLUMNS);
     if constexpr (HAS_SECOND) {
-        store<2>((char*)sums + 64 * COLUMNS, 4 * COLUMNS);
-        store<3>((char*)sums + 64 * COLUMNS + 64, 4 * COLUMNS);
+        store_tile<2>((char*)sums + 64 * COLUMNS, 4 * COLUMNS);
+        store_tile<3>((char*)sums + 64 * COLUMNS + 64, 4 * COLUMNS);
     }
 }
 
@@ -142,14 +139,11 @@ struct Weight {
 
 inline void write_rows(const float (*sums)[COLUMNS], int64_t rows, const Weight& w, int64_t column, bf16* out,
                        int64_t n) {
-    auto finish = [&](const float* from, int64_t i) {
-        __m512 scale = w.scales ? _mm512_loadu_ps(w.scales + i) : _mm512_set1_ps(1);
-        return _mm512_fmadd_ps(_mm512_loadu_ps(from), scale, w.bias ? load16(w.bias + i, n - i) : _mm512_setzero_ps());
-    };
-    for (int64_t r = 0; r < rows; r++) {
-        __m512i row = (__m512i)_mm512_cvtne2ps_pbh(finish(sums[r] + 16, column + 16), finish(sums[r], column));
-        _mm512_mask_storeu_epi16(out + r * n + column, lanes32(n - column), row);
-    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = column; i < column + COLUMNS; i += 16) {
+            Floats sum = load(sums[r] + i - column), scale = w.scales ? load(w.scales + i) : all(1);
+            store16(out + r * n + i, multiply_add(w.bias ? load16(w.bias + i, n - i) : all(0), sum, scale), n - i);
+        }
 }
 
 // out [m, n], in parallel, of what `add` adds up: add<HAS_SECOND>(first row, rows, panel, its weights, first byte and
@@ -214,10 +208,10 @@ inline void linear_int8(const uint8_t* x, const float* x_scales, const int8_t* w
             multiply_steps<true, HAS_SECOND>((const char*)x + row * k + from, k, values, size / STEP, ahead);
             store_sums<HAS_SECOND>(dots);
             for (int64_t r = 0; r < rows; r++) {
-                __m512 scale = _mm512_set1_ps(x_scales[(row + r) * groups + group]);
+                Floats scale = all(x_scales[(row + r) * groups + group]);
                 for (int64_t i = 0; i < COLUMNS; i += 16) {
-                    __m512 dot = _mm512_cvtepi32_ps(_mm512_load_si512(dots[r] + i));
-                    _mm512_storeu_ps(sums[r] + i, _mm512_fmadd_ps(dot, scale, _mm512_loadu_ps(sums[r] + i)));
+                    Floats dot = to_floats(load(dots[r] + i));
+                    store(sums[r] + i, multiply_add(load(sums[r] + i), dot, scale));
                 }
             }
         }
@@ -229,7 +223,7 @@ inline void linear_int8(const uint8_t* x, const float* x_scales, const int8_t* w
 #else
 
 namespace amx {
-inline bool is_possible() { return false; }
+constexpr bool is_usable = false;
 inline void linear_bf16(auto...) {}
 inline void linear_int8(auto...) {}
 }  // namespace amx

@@ -14,12 +14,15 @@ constexpr int64_t KEYS = 64;      // of a tile
 constexpr int64_t ROWS = 32;      // query rows of a task
 constexpr int64_t MAX_DIM = 256;  // of a head
 
+constexpr int64_t PAIRS = 2 * WIDTH;  // raw bf16 of a register
+
 inline int64_t padded(int64_t d) { return (d + 31) / 32 * 32; }  // columns of registers that hold d of bf16
 
-// 32 columns of which n may be read, if not the WHOLE: masks would cost the usual sizes a tenth of their time.
-template <bool WHOLE>
-inline __m512i load_columns(const bf16* x, int64_t n) {
-    return WHOLE ? _mm512_loadu_si512(x) : _mm512_maskz_loadu_epi16(lanes32(n), x);
+// As many columns as V holds, of which n may be read if not the WHOLE: masks would cost the usual sizes a tenth of
+// their time.
+template <bool WHOLE, class V>
+inline V load_columns(const bf16* x, int64_t n) {
+    return WHOLE ? get<V>(x) : load_first<V>(x, n);
 }
 
 struct Tile {  // n keys from `start` on, and the keys of the tile after it
@@ -53,137 +56,116 @@ struct Keys {  // of one KV head of one sequence
 };
 
 struct Rows {  // of one task
-    float sums[ROWS][MAX_DIM];  // of values; in the order in which unpacking leaves them
+    float sums[ROWS][MAX_DIM];  // of values; in the order of arrange_values
     float maxima[ROWS], totals[ROWS];
-    bf16 q[ROWS][MAX_DIM];
+    Operand q[ROWS][MAX_DIM];
     int64_t limits[ROWS];  // keys that the row may see
 };
-
-// Lane i of the result is the sum of the 16 lanes of x[i].
-inline __m128 sum4(const __m512* x) {
-    __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-    __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-    __m512 c = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))));
-    __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
-}
 
 // What is read next is fetched from memory meanwhile: during the keys of a tile its values, then the next tile's keys.
 inline void fetch(const bf16* x, int64_t stride, int64_t n, int64_t d) {
     for (int64_t i = 0; i < n; i++, x += stride)
-        for (int64_t c = 0; c < d; c += 32) _mm_prefetch((const char*)(x + c), _MM_HINT_T1);
+        for (int64_t c = 0; c < d; c += 32) prefetch(x + c);
 }
 
 // scores[r][j] = q[r] . k[j] for n keys; up to three more columns are filled with copies of the last.
 template <int R, bool WHOLE>
-void multiply_keys(const bf16 (*q)[MAX_DIM], const bf16* k, int64_t stride, int64_t n, int64_t d,
+void multiply_keys(const Operand (*q)[MAX_DIM], const bf16* k, int64_t stride, int64_t n, int64_t d,
                    float (*scores)[KEYS], const bf16* soon, int64_t soon_stride) {
     for (int64_t j = 0; j < n; j += 4) {
-        __m512 sums[R][4];
+        FloatRegister sums[R][4];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
-            sums[r][0] = sums[r][1] = sums[r][2] = sums[r][3] = _mm512_setzero_ps();
+            sums[r][0] = sums[r][1] = sums[r][2] = sums[r][3] = FloatRegister{};
         fetch(soon + j * soon_stride, soon_stride, 4, d);
         const bf16* keys[4];
         for (int i = 0; i < 4; i++) keys[i] = k + std::min(j + i, n - 1) * stride;
-        for (int64_t c = 0; c < d; c += 32) {
-            auto load = [&](const bf16* x) { return (__m512bh)load_columns<WHOLE>(x + c, d - c); };
-            __m512bh k0 = load(keys[0]), k1 = load(keys[1]), k2 = load(keys[2]), k3 = load(keys[3]);
+        for (int64_t c = 0; c < d; c += PAIRS)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                __m512bh a = load(q[r]);
-                sums[r][0] = _mm512_dpbf16_ps(sums[r][0], a, k0);
-                sums[r][1] = _mm512_dpbf16_ps(sums[r][1], a, k1);
-                sums[r][2] = _mm512_dpbf16_ps(sums[r][2], a, k2);
-                sums[r][3] = _mm512_dpbf16_ps(sums[r][3], a, k3);
+            for (int i = 0; i < 4; i++) {
+                auto key = key_of(load_columns<WHOLE, BitsRegister>(keys[i] + c, d - c));
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) sums[r][i] = add_dot(sums[r][i], q[r] + c, key);
             }
-        }
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) _mm_storeu_ps(scores[r] + j, sum4(sums[r]));
+        for (int r = 0; r < R; r++) store_sums(scores[r] + j, sums[r]);
     }
 }
 
 // Scores of one row into weights relative to its maximum so far; what it has summed up is brought to the new maximum.
-void soften(const float* scores, int64_t n, float scale, Rows& rows, int64_t r, int64_t d, bf16* weights) {
-    __m512 x[KEYS / 16];
-    __m512 largest = _mm512_set1_ps(-INFINITY);
+void soften(const float* scores, int64_t n, float scale, Rows& rows, int64_t r, int64_t d, Operand* weights) {
+    Floats x[KEYS / 16];
+    Floats largest = all(-INFINITY);
     for (int64_t j = 0; j < KEYS; j += 16) {
-        x[j / 16] = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), lanes(n - j), _mm512_loadu_ps(scores + j),
-                                       _mm512_set1_ps(scale));
-        largest = _mm512_max_ps(largest, x[j / 16]);
+        x[j / 16] = select(lanes(n - j), load(scores + j) * all(scale), all(-INFINITY));
+        largest = larger(largest, x[j / 16]);
     }
-    float maximum = std::max(rows.maxima[r], _mm512_reduce_max_ps(largest));
+    float maximum = std::max(rows.maxima[r], largest_of(largest));
     if (maximum > rows.maxima[r]) {
         float factor = std::exp2(rows.maxima[r] - maximum);
         rows.totals[r] *= factor;
         for (int64_t c = 0; c < padded(d); c++) rows.sums[r][c] *= factor;
         rows.maxima[r] = maximum;
     }
-    __m512 total = _mm512_setzero_ps();
+    Floats total = all(0);
     for (int64_t j = 0; j < KEYS; j += 16) {
-        x[j / 16] = exp2_of(_mm512_max_ps(_mm512_sub_ps(x[j / 16], _mm512_set1_ps(maximum)), _mm512_set1_ps(-160.0f)));
-        total = _mm512_add_ps(total, x[j / 16]);
-        store16(weights + j, x[j / 16]);
+        x[j / 16] = exp2_of(larger(x[j / 16] - all(maximum), all(-160)));
+        total = total + x[j / 16];
+        store_operands(weights + j, x[j / 16]);
     }
-    rows.totals[r] += _mm512_reduce_add_ps(total);
+    rows.totals[r] += sum_of(total);
 }
 
 // sums[r] += weights[r] . v for n keys, two keys and C x 32 columns at a time, of which there are `columns`.
 template <int R, bool WHOLE, int C>
-void add_values(const bf16 (*weights)[KEYS], const bf16* v, int64_t stride, int64_t n, int64_t columns,
+void add_values(const Operand (*weights)[KEYS], const bf16* v, int64_t stride, int64_t n, int64_t columns,
                 float (*sums)[MAX_DIM], const bf16* soon, int64_t soon_stride) {
-    __m512 a[R][2 * C];
+    Floats a[R][2 * C];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int c = 0; c < 2 * C; c++) a[r][c] = _mm512_loadu_ps(sums[r] + 16 * c);
+        for (int c = 0; c < 2 * C; c++) a[r][c] = load(sums[r] + 16 * c);
     for (int64_t j = 0; j < n; j += 2, v += 2 * stride) {
         fetch(soon + j * soon_stride, soon_stride, 2, 32 * C);
         const bf16* second = j + 1 < n ? v + stride : v;  // its weight is 0 then
 #pragma GCC unroll 2
         for (int c = 0; c < C; c++) {
-            __m512i v0 = load_columns<WHOLE>(v + 32 * c, columns - 32 * c);
-            __m512i v1 = load_columns<WHOLE>(second + 32 * c, columns - 32 * c);
-            __m512bh low = (__m512bh)_mm512_unpacklo_epi16(v0, v1), high = (__m512bh)_mm512_unpackhi_epi16(v0, v1);
+            Factors factors[BF16_PARTS][2];
+            arrange_values(load_columns<WHOLE, Bits>(v + 32 * c, columns - 32 * c),
+                           load_columns<WHOLE, Bits>(second + 32 * c, columns - 32 * c), factors);
+#pragma GCC unroll 2
+            for (int part = 0; part < BF16_PARTS; part++)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                __m512bh pair = broadcast_pair(weights[r] + j);
-                a[r][2 * c] = _mm512_dpbf16_ps(a[r][2 * c], low, pair);
-                a[r][2 * c + 1] = _mm512_dpbf16_ps(a[r][2 * c + 1], high, pair);
-            }
+                for (int r = 0; r < R; r++) {
+                    auto weight = broadcast(weights[r] + j + part);
+                    a[r][2 * c] = multiply_add(a[r][2 * c], factors[part][0], weight);
+                    a[r][2 * c + 1] = multiply_add(a[r][2 * c + 1], factors[part][1], weight);
+                }
         }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int c = 0; c < 2 * C; c++) _mm512_storeu_ps(sums[r] + 16 * c, a[r][c]);
+        for (int c = 0; c < 2 * C; c++) store(sums[r] + 16 * c, a[r][c]);
 }
 
 template <int R, bool WHOLE>
 void attend_tile(Rows& rows, int64_t first, const Tile& tile, const Keys& keys, int64_t d, float scale) {
     alignas(64) float scores[R][KEYS];
-    alignas(64) bf16 weights[R][KEYS];
+    alignas(64) Operand weights[R][KEYS];
     multiply_keys<R, WHOLE>(rows.q + first, tile.k, keys.k_stride, tile.n, d, scores, tile.v, keys.v_stride);
     for (int r = 0; r < R; r++)
         soften(scores[r], std::min(tile.n, rows.limits[first + r] - tile.start), scale, rows, first + r, d, weights[r]);
-    for (int64_t c = 0; c < d; c += 64) {
+    for (int64_t c = 0; c < d; c += VALUE_COLUMNS) {
         auto sums = (float (*)[MAX_DIM])(rows.sums[first] + c);
-        auto add = d - c > 32 ? add_values<R, WHOLE, 2> : add_values<R, WHOLE, 1>;
+        auto add = d - c > 32 ? add_values<R, WHOLE, VALUE_COLUMNS / 32> : add_values<R, WHOLE, 1>;
         add(weights, tile.v + c, keys.v_stride, tile.n, d - c, sums, tile.next_k + c, keys.k_stride);
     }
 }
 
 void write_row(const float* sums, float total, bf16* out, int64_t d) {
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    __m512 factor = _mm512_set1_ps(total > 0 ? 1 / total : 0);
-    for (int64_t c = 0; c < d; c += 32) {
-        __m512 a = _mm512_mul_ps(_mm512_loadu_ps(sums + c), factor);
-        __m512 b = _mm512_mul_ps(_mm512_loadu_ps(sums + c + 16), factor);
-        store16(out + c, _mm512_permutex2var_ps(a, low, b), d - c);
-        store16(out + c + 16, _mm512_permutex2var_ps(a, high, b), d - c - 16);
-    }
+    Floats factor = all(total > 0 ? 1 / total : 0);
+    for (int64_t c = 0; c < d; c += 32) store_columns(out + c, load(sums + c) * factor, load(sums + c + 16) * factor, d - c);
 }
 
 struct Task {
@@ -242,7 +224,8 @@ EXPORT void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const
         int64_t num_rows = end - first;
         for (int64_t r = 0; r < num_rows; r++) {
             int64_t token = (first + r) / group, head = h * group + (first + r) % group;
-            std::memcpy(rows.q[r], q + ((start + token) * num_heads + head) * d, 2 * d);
+            const bf16* query = q + ((start + token) * num_heads + head) * d;
+            for (int64_t c = 0; c < d; c += PAIRS) store_query(rows.q[r] + c, load_first<BitsRegister>(query + c, d - c));
             rows.limits[r] = lens[s] - num_queries + token + 1;
             rows.maxima[r] = -INFINITY;
             rows.totals[r] = 0;
@@ -258,10 +241,10 @@ EXPORT void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const
             tile = next;
             if (from + KEYS < limit) next = find_tile(from + KEYS);
             tile.next_k = next.k;
-            for (int64_t r = 0; r < num_rows; r += 4) {
-                int64_t num = std::min<int64_t>(4, num_rows - r);
+            for (int64_t r = 0; r < num_rows; r += ATTENTION_ROWS) {
+                int64_t num = std::min<int64_t>(ATTENTION_ROWS, num_rows - r);
                 if (rows.limits[r + num - 1] <= from) continue;
-                with_rows<4>(num, [&]<int R>() {
+                with_rows<ATTENTION_ROWS>(num, [&]<int R>() {
                     auto attend_rows = d % 32 ? attend_tile<R, false> : attend_tile<R, true>;
                     attend_rows(rows, r, tile, keys, d, scale);
                 });

@@ -6,23 +6,25 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
-FEATURES = ["avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16", "avx512_vnni"]
 UID = os.getuid() if hasattr(os, "getuid") else 0  # as Windows says of every file
 FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"]
-FLAGS += ["-mfma", "-mprefer-vector-width=512", *("-m" + feature.replace("512_", "512") for feature in FEATURES)]
 FLAGS += ["-ffp-contract=off"]  # which products and sums are fused may depend on a tile's rows, and results may not
 
 
-def build() -> Path:
-    """The library's file; compiles it unless some process of this user has. RuntimeError that says what is missing."""
+def build(flags: Sequence[str]) -> Path:
+    """The file of the library for a target's flags; compiles it unless some process of this user has.
+
+    RuntimeError that says what is missing.
+    """
+    flags = [*FLAGS, *flags]
     compiler = _find_compiler()
     version = _run([*compiler, "--version"]) if compiler else ""
-    name = "cpu_kernels-" + _digest(*(file.read_text() for file in [*SOURCES, *HEADERS]), *FLAGS)
+    name = "cpu_kernels-" + _digest(*(file.read_text() for file in [*SOURCES, *HEADERS]), *flags)
     library = f"{name}-{_digest(version)}.so" if compiler else f"{name}-*.so"
     problems = []
     for directory in _directories():
@@ -33,7 +35,7 @@ def build() -> Path:
             for found in directory.glob(library):
                 return found
             if compiler:
-                return _compile(compiler, directory / library)
+                return _compile([*compiler, *flags], directory / library)
         except OSError as error:
             problems.append(f"{directory}: {error.strerror or error}")
     if not compiler:
@@ -57,17 +59,18 @@ def _directories() -> Iterator[Path]:
     yield Path(tempfile.gettempdir(), f"nanovllm_kernels_{UID}")
 
 
-def _compile(compiler: list[str], library: Path) -> Path:
+def _compile(command: list[str], library: Path) -> Path:
     """In a directory of its own: a process that is killed meanwhile leaves nothing that others wait for or load."""
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
         output = Path(directory, "kernels.so")
-        _run([*compiler, *FLAGS, *map(str, SOURCES), "-o", str(output)])
+        together = "".join(f'#include "{source}"\n' for source in SOURCES)  # which reads the headers only once
+        _run([*command, "-x", "c++", "-", "-o", str(output)], together)
         os.replace(output, library)
     return library
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
+def _run(command: list[str], text: str = "") -> str:
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
     if done.returncode:
         lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
         raise RuntimeError(f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[-1])}")

@@ -9,12 +9,14 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from nanovllm.kernels.cpu.build import FEATURES, build
-from nanovllm.utils.device import cpu_has, default_threads
+from nanovllm.kernels.cpu.build import build
+from nanovllm.kernels.cpu.targets import usable_targets
+from nanovllm.utils.device import default_threads
 
 # Of each function the kinds of its arguments: pointer, integer, fp32.
 SIGNATURES = {
@@ -35,7 +37,6 @@ SIGNATURES = {
     "mask_logits": "pippii",
     "replay": "pi",
     "set_num_threads": "i",
-    "set_amx": "i",
     "set_default_threads": "i",
 }
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -44,18 +45,37 @@ PACKED = {"p": "q", "i": "q", "f": "f4x"}  # in 64 bits each
 
 @cache
 def load_kernels() -> ctypes.CDLL | None:
-    """The compiled functions, or None if they cannot be: with one warning, unless the processor is what cannot."""
-    if not all(cpu_has(feature) for feature in FEATURES):
-        return None
-    try:
-        library = ctypes.CDLL(str(build()))
-    except Exception as error:  # whatever a compiler, a file system or a linker can do wrong
+    """The compiled functions for the best target that can be had, whose name is their `target`.
+
+    None if there is none: with one warning, unless the processor is what cannot. ValueError if NANOVLLM_CPU_ISA is
+    wrong.
+    """
+    problems, library = [], None
+    for target in usable_targets():
+        try:
+            library = _load(build(target.flags))
+        except Exception as error:  # whatever a compiler, a file system or a linker can do wrong
+            problems.append(f"{target.name}: {error}")
+            continue
+        library.target = target.name
+        break
+    if problems and library:
         warnings.warn(
-            "there are no compiled CPU kernels: plain PyTorch computes instead, several times slower, and "
-            f"quantization='int8' is not possible. The reason: {error}",
+            f"the CPU kernels are those for {library.target}, which are slower than what the processor could run. "
+            f"The reason: {'; '.join(problems)}",
             stacklevel=2,
         )
-        return None
+    elif problems:
+        warnings.warn(
+            "there are no compiled CPU kernels: plain PyTorch computes instead, several times slower, and "
+            f"quantization='int8' is not possible. The reason: {problems[-1]}",
+            stacklevel=2,
+        )
+    return library
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
     for name, kinds in SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [KINDS[kind] for kind in kinds], None

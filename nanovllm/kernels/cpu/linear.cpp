@@ -2,7 +2,8 @@
 //
 // A weight [N, K] is kept as panels of 32 rows; in a panel the rows' pairs of bf16 (or quadruples of int8) along K
 // follow each other, as the dot-product instructions take them: [N / 32, K / 2, 32, 2]. A panel fills exactly the
-// memory of its rows, so that bf16 weights are reordered in place. Activations get the same order within a tile.
+// memory of its rows, so that bf16 weights are reordered in place. Activations get the same order within a tile, in
+// parts where an instruction takes no pair or quadruple: [K / 2, parts, rows, 2 / parts].
 //
 // Legend: a product is [M, K] activations times the transpose of an [N, K] weight. K is a multiple of 4; if N is none of
 // 32, rows of zeros fill the weight's last panel, and there are no outputs for them.
@@ -12,12 +13,9 @@
 
 namespace {
 
-constexpr int64_t PANEL = 32;       // columns of a product that a tile computes: two registers of fp32
-constexpr int64_t TILE_ROWS = 12;   // rows of a tile: 12 x 2 sums leave registers for the operands
+constexpr int64_t PANEL = 32;       // columns of a product that a tile computes: two vectors of sums
 constexpr int64_t TASK_TILES = 20;  // tiles that a thread computes with one panel: their rows then stay in its L2
 constexpr int64_t GROUP = 128;      // activations that share a scale in an int8 product
-
-bool has_amx = amx::is_possible();
 
 // Fetches weights from memory while others are worked with: a tile that has its panel to itself those that it comes to
 // soon, several tiles of one panel each its share of the next panel. Every step is 128 bytes of the tile's own panel.
@@ -29,78 +27,102 @@ struct Prefetch {
         : next((const char*)panel + (rows == m ? 4096 : bytes + bytes * row / m)), pace(128 * rows / m) {}
 
     void step() {
-        _mm_prefetch(next, _MM_HINT_T1);
-        _mm_prefetch(next + 64, _MM_HINT_T1);
+        prefetch(next);
+        prefetch(next + 64);
         next += pace;
     }
 };
 
 inline int64_t first_row(int64_t tile, int64_t tiles, int64_t m) { return tile * m / tiles; }
 
+// Vectors of columns whose sums fit the registers beside each other, for R rows.
 template <int R>
-void tile_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16* out, int64_t n, int64_t columns, int64_t k,
+constexpr int COLUMNS = R <= WIDE_ROWS ? 2 : 1;
+
+template <int R>
+void tile_bf16(const Operand* x, const bf16* w, const bf16* bias, bf16* out, int64_t n, int64_t columns, int64_t k,
                Prefetch ahead) {
-    __m512 sums[R][2];
+    constexpr int C = COLUMNS<R>;
+    for (int64_t half = 0; half < 2; half += C) {
+        Floats sums[R][C];
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-        sums[r][0] = bias ? load16(bias, columns) : _mm512_setzero_ps();
-        sums[r][1] = bias ? load16(bias + 16, columns - 16) : _mm512_setzero_ps();
-    }
-    for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL, x += 2 * R) {
-        ahead.step();
-        __m512bh w0 = load32(w), w1 = load32(w + PANEL);
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+            for (int c = 0; c < C; c++) {
+                int64_t column = 16 * (half + c);
+                sums[r][c] = bias ? load16(bias + column, columns - column) : all(0);
+            }
+        const bf16* pairs = w + 32 * half;
+        const Operand* operands = x;
+        for (int64_t i = 0; i < k; i += 2, pairs += 2 * PANEL) {
+            ahead.step();
+#pragma GCC unroll 2
+            for (int64_t part = 0; part < BF16_PARTS; part++, operands += STEP * R) {
+                Factors factors[C];
+#pragma GCC unroll 2
+                for (int c = 0; c < C; c++) factors[c] = part_of(get<Bits>(pairs + 32 * c), part);
 #pragma GCC unroll 12
-        for (int r = 0; r < R; r++) {
-            __m512bh a = broadcast_pair(x + 2 * r);
-            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], w0, a);
-            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], w1, a);
+                for (int r = 0; r < R; r++) {
+                    auto a = broadcast(operands + STEP * r);
+#pragma GCC unroll 2
+                    for (int c = 0; c < C; c++) sums[r][c] = multiply_add(sums[r][c], factors[c], a);
+                }
+            }
         }
-    }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-        __m512i row = (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]);
-        _mm512_mask_storeu_epi16(out + r * n, lanes32(columns), row);
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+            for (int c = 0; c < C; c++) {
+                int64_t column = 16 * (half + c);
+                store16(out + r * n + column, sums[r][c], columns - column);
+            }
     }
 }
 
 struct Int8Weight {
     const int8_t* values;         // [N / 32, K / 4, 32, 4]
     const float* scales;          // [N]
-    const int32_t* compensation;  // [N / 32, K / GROUP, 32]: -128 times the sum of a group's values
+    const int32_t* compensation;  // [N / 32, K / GROUP, 32]: -ZERO_BYTE times the sum of a group's values
 };
 
 // The exact sums of one group, by themselves: together with the fp32 sums they would not fit the registers.
 template <int R>
-[[gnu::noinline]] void group_int8(const uint8_t* x, const int8_t* values, const int32_t* start, int64_t size,
+[[gnu::noinline]] void group_int8(const Byte* x, const int8_t* values, const int32_t* start, int64_t size,
                                   int32_t (*dots)[PANEL], Prefetch& ahead) {
-    __m512i sums[R][2];
+    constexpr int C = COLUMNS<R>;
+    for (int64_t half = 0; half < 2; half += C) {
+        Ints sums[R][C];
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-        sums[r][0] = _mm512_loadu_si512(start);
-        sums[r][1] = _mm512_loadu_si512(start + 16);
-    }
-    for (int64_t i = 0; i < size; i += 4, values += 4 * PANEL, x += 4 * R) {
-        ahead.step();
-        __m512i w0 = _mm512_loadu_si512(values), w1 = _mm512_loadu_si512(values + 2 * PANEL);
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+            for (int c = 0; c < C; c++) sums[r][c] = load(start + 16 * (half + c));
+        const int8_t* quads = values + 64 * half;
+        const Byte* bytes = x;
+        for (int64_t i = 0; i < size; i += 4, quads += 4 * PANEL) {
+            ahead.step();
+#pragma GCC unroll 2
+            for (int64_t part = 0; part < INT8_PARTS; part++, bytes += BYTE_STEP * R) {
+                Ints factors[C];
+#pragma GCC unroll 2
+                for (int c = 0; c < C; c++) factors[c] = part_of(get<Ints>(quads + 64 * c), part);
 #pragma GCC unroll 12
-        for (int r = 0; r < R; r++) {
-            int32_t four;
-            std::memcpy(&four, x + 4 * r, 4);
-            __m512i a = _mm512_set1_epi32(four);
-            sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], a, w0);
-            sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], a, w1);
+                for (int r = 0; r < R; r++) {
+                    auto a = broadcast(bytes + BYTE_STEP * r);
+#pragma GCC unroll 2
+                    for (int c = 0; c < C; c++) sums[r][c] = multiply_add(sums[r][c], factors[c], a);
+                }
+            }
         }
-    }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-        _mm512_storeu_si512(dots[r], sums[r][0]);
-        _mm512_storeu_si512(dots[r] + 16, sums[r][1]);
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+            for (int c = 0; c < C; c++) store(dots[r] + 16 * (half + c), sums[r][c]);
     }
 }
 
 template <int R>
-void tile_int8(const uint8_t* x, const float* x_scales, const Int8Weight& w, int64_t panel, const bf16* bias,
-               bf16* out, int64_t n, int64_t k, Prefetch ahead) {
+void tile_int8(const Byte* x, const float* x_scales, const Int8Weight& w, int64_t panel, const bf16* bias, bf16* out,
+               int64_t n, int64_t k, Prefetch ahead) {
     int64_t groups = (k + GROUP - 1) / GROUP;
     const int8_t* values = w.values + panel * PANEL * k;
     const int32_t* start = w.compensation + panel * PANEL * groups;
@@ -114,10 +136,9 @@ void tile_int8(const uint8_t* x, const float* x_scales, const Int8Weight& w, int
     }
     for (int r = 0; r < R; r++)
         for (int64_t i = 0; i < PANEL; i += 16) {
-            __m512 scale = _mm512_loadu_ps(w.scales + panel * PANEL + i);
             int64_t column = panel * PANEL + i;
-            __m512 shift = bias ? load16(bias + column, n - column) : _mm512_setzero_ps();
-            store16(out + r * n + i, _mm512_fmadd_ps(_mm512_load_ps(sums[r] + i), scale, shift), n - column);
+            Floats shift = bias ? load16(bias + column, n - column) : all(0);
+            store16(out + r * n + i, multiply_add(shift, load(sums[r] + i), load(w.scales + column)), n - column);
         }
 }
 
@@ -146,9 +167,6 @@ void for_products(int64_t m, int64_t n, F&& f) {
 
 }  // namespace
 
-// Whether products are computed by AMX where the processor has it.
-EXPORT void set_amx(int64_t is_wanted) { has_amx = is_wanted && amx::is_possible(); }
-
 // Reorders a [n, k] weight in place; here n is a multiple of 32.
 EXPORT void pack_bf16(bf16* w, int64_t n, int64_t k) {
     parallel_for(n / PANEL, 2, [&](int64_t panel) {
@@ -174,7 +192,7 @@ EXPORT void pack_int8(const bf16* w, int64_t n, int64_t k, int8_t* values, float
                 values[panel * PANEL * k + (i / 4 * PANEL + lane) * 4 + i % 4] = value;
                 sum += value;
             }
-            compensation[(panel * groups + g) * PANEL + lane] = -128 * sum;
+            compensation[(panel * groups + g) * PANEL + lane] = -ZERO_BYTE * sum;
         }
     });
 }
@@ -182,14 +200,14 @@ EXPORT void pack_int8(const bf16* w, int64_t n, int64_t k, int8_t* values, float
 // out [m, n] = x [m, k] (rows ldx apart) times a packed weight's transpose, plus bias [n] if there is one.
 EXPORT void linear_bf16(const bf16* x, int64_t ldx, const bf16* w, const bf16* bias, bf16* out, int64_t m, int64_t n,
                         int64_t k) {
-    if (has_amx && k % 32 == 0) return amx::linear_bf16(x, ldx, w, bias, out, m, n, k);
-    static thread_local std::vector<bf16> buffer;
+    if (amx::is_usable && k % 32 == 0) return amx::linear_bf16(x, ldx, w, bias, out, m, n, k);
+    static thread_local std::vector<Operand> buffer;
     buffer.resize(m * k);
-    bf16* packed = buffer.data();
+    Operand* packed = buffer.data();
     for_tiles(m, TILE_ROWS, [&](int64_t row, int64_t rows) {
-        bf16* to = packed + row * k;
-        for (int64_t i = 0; i < k; i += 2)
-            for (int64_t r = 0; r < rows; r++, to += 2) std::memcpy(to, x + (row + r) * ldx + i, 4);
+        Operand* to = packed + row * k;
+        for (int64_t i = 0; i < k; i += STEP)
+            for (int64_t r = 0; r < rows; r++, to += STEP) copy_operands(to, x + (row + r) * ldx + i);
     });
     for_products(m, n, [&](int64_t row, int64_t rows, int64_t panel) {
         const bf16 *values = w + panel * PANEL * k, *shift = bias ? bias + panel * PANEL : nullptr;
@@ -204,15 +222,15 @@ EXPORT void linear_bf16(const bf16* x, int64_t ldx, const bf16* w, const bf16* b
 // The same with an int8 weight; activations are quantised here, each group of a row by its largest value.
 EXPORT void linear_int8(const bf16* x, int64_t ldx, const int8_t* values, const float* scales,
                         const int32_t* compensation, const bf16* bias, bf16* out, int64_t m, int64_t n, int64_t k) {
-    static thread_local std::vector<uint8_t> buffer;
+    static thread_local std::vector<Byte> buffer;
     static thread_local std::vector<float> scale_buffer;
     int64_t groups = (k + GROUP - 1) / GROUP;
     buffer.resize(m * k);
     scale_buffer.resize(m * groups);
-    uint8_t* packed = buffer.data();
+    Byte* packed = buffer.data();
     float* x_scales = scale_buffer.data();
     Int8Weight w{values, scales, compensation};
-    bool use_amx = has_amx && k % 64 == 0;
+    bool use_amx = amx::is_usable && k % 64 == 0;
     for_tiles(m, use_amx ? 1 : TILE_ROWS, [&](int64_t row, int64_t rows) {
         for (int64_t r = 0; r < rows; r++)
             for (int64_t g = 0; g < groups; g++) {
@@ -223,10 +241,11 @@ EXPORT void linear_int8(const bf16* x, int64_t ldx, const int8_t* values, const 
                 float scale = largest ? to_float(largest) / 127 : 1;
                 x_scales[row * groups + g * rows + r] = scale;
                 float inverse = 1 / scale;
-                uint8_t* to = packed + row * k + g * GROUP * rows + 4 * r;
+                Byte* to = packed + row * k + g * GROUP * rows + BYTE_STEP * r;
                 for (int64_t i = 0; i < size; i += 4, to += 4 * rows)
                     for (int64_t j = 0; j < 4; j++)
-                        to[j] = uint8_t(int32_t(std::nearbyint(to_float(from[i + j]) * inverse)) + 128);
+                        to[j % INT8_PARTS * BYTE_STEP * rows + j / INT8_PARTS] =
+                            Byte(int32_t(std::nearbyint(to_float(from[i + j]) * inverse)) + ZERO_BYTE);
             }
     });
     if (use_amx) return amx::linear_int8(packed, x_scales, values, scales, compensation, bias, out, m, n, k);
@@ -251,9 +270,11 @@ EXPORT void rows_int8(const int8_t* values, const float* scales, const int64_t* 
                       int64_t k) {
     parallel_for(num_ids, 5, [&](int64_t t) {
         const int8_t* from = values + ids[t] / PANEL * PANEL * k + ids[t] % PANEL * 4;
-        for (int64_t i = 0; i < k; i++) {
-            __m512 value = _mm512_set1_ps(scales[ids[t]] * from[i / 4 * PANEL * 4 + i % 4]);
-            out[t * k + i] = bf16(_mm256_extract_epi16(narrow(value), 0));
+        for (int64_t i = 0; i < k; i += 16) {
+            float some[16] = {};
+            for (int64_t j = 0; j < std::min<int64_t>(16, k - i); j++)
+                some[j] = scales[ids[t]] * from[(i + j) / 4 * PANEL * 4 + j % 4];
+            store16(out + t * k + i, load(some), k - i);
         }
     });
 }

@@ -6,7 +6,7 @@
 namespace {
 
 constexpr int64_t CHUNK = 512;  // tokens of the vocabulary whose probabilities are summed up at a time
-constexpr int64_t GROUP = 64;   // tokens of whose maxima the k-th is a bound for the k-th largest of all
+constexpr int64_t BUNDLE = 64;  // tokens of whose maxima the k-th is a bound for the k-th largest of all
 
 struct Options {  // of O rows: addresses of the arrays of `Options` in logits_processor.py, null for an absent one
     const int64_t *index, *top_k;  // index [rows]: which of the O a row has, or -1
@@ -27,35 +27,34 @@ struct Options {  // of O rows: addresses of the arrays of `Options` in logits_p
 // Functions of v values take them from load(i), 16 from the i-th on; those past the end do not count.
 template <class Load>
 float maximum_of(int64_t v, Load load) {
-    __m512 largest = _mm512_set1_ps(-INFINITY);
-    for (int64_t i = 0; i < v; i += 16) largest = _mm512_mask_max_ps(largest, lanes(v - i), largest, load(i));
-    return _mm512_reduce_max_ps(largest);
+    Floats largest = all(-INFINITY);
+    for (int64_t i = 0; i < v; i += 16) largest = select(lanes(v - i), larger(largest, load(i)), largest);
+    return largest_of(largest);
 }
 
 template <class Load>
 int64_t first_of(int64_t v, float wanted, Load load) {
     for (int64_t i = 0; i < v; i += 16)
-        if (__mmask16 found = _mm512_mask_cmpeq_ps_mask(lanes(v - i), load(i), _mm512_set1_ps(wanted)))
-            return i + __builtin_ctz(found);
+        if (Lanes found = equal(load(i), all(wanted)) & lanes(v - i)) return i + __builtin_ctz(found);
     return v - 1;
 }
 
 // Exponentials of values that are at most 0; 0 for what would have no full precision, which is slow to compute with.
-inline __m512 weights_of(__m512 x) {
-    __mmask16 weighs = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87), _CMP_GE_OQ);
-    return weighs ? _mm512_maskz_mov_ps(weighs, exp_of(_mm512_maskz_mov_ps(weighs, x))) : _mm512_setzero_ps();
+inline Floats weights_of(Floats x) {
+    Lanes weighs = at_least(x, all(-87));
+    return weighs ? select(weighs, exp_of(select(weighs, x, all(0))), all(0)) : all(0);
 }
 
 // Exponentials of the values of a chunk, if `weights` is given; returns their sum.
 template <class Load>
 double weigh(int64_t chunk, int64_t v, Load load, float* weights = nullptr) {
-    __m512 sum = _mm512_setzero_ps();
+    Floats sum = all(0);
     for (int64_t i = chunk * CHUNK; i < (chunk + 1) * CHUNK; i += 16) {
-        __m512 value = _mm512_maskz_mov_ps(lanes(v - i), weights_of(load(i)));
-        if (weights) _mm512_store_ps(weights + i % CHUNK, value);
-        sum = _mm512_add_ps(sum, value);
+        Floats value = select(lanes(v - i), weights_of(load(i)), all(0));
+        if (weights) store(weights + i % CHUNK, value);
+        sum = sum + value;
     }
-    return _mm512_reduce_add_ps(sum);
+    return sum_of(sum);
 }
 
 // The token at which the sum of the exponentials reaches its share `uniform`.
@@ -80,32 +79,29 @@ int64_t draw(int64_t v, double uniform, Load load) {
     return chunk * CHUNK + last;
 }
 
-// ---- v values y, at most 0, whose memory goes on with -inf to the next multiple of GROUP
+// ---- v values y, at most 0, whose memory goes on with -inf to the next multiple of BUNDLE
 
-int64_t padded(int64_t v) { return (v + GROUP - 1) / GROUP * GROUP; }
+int64_t whole_bundles(int64_t v) { return (v + BUNDLE - 1) / BUNDLE * BUNDLE; }
 
 float* scratch(int64_t v) {
     static thread_local std::vector<float> memory;
-    memory.resize(padded(v));
+    memory.resize(whole_bundles(v));
     return memory.data();
 }
 
 // The k-th largest maximum of a group: at least k values reach it, and few more if they are in no order.
 float reached_by(const float* y, int64_t v, int64_t k) {
-    std::vector<float> maxima(padded(v) / GROUP);
+    std::vector<float> maxima(whole_bundles(v) / BUNDLE);
     if (k > (int64_t)maxima.size()) return -INFINITY;
     for (size_t g = 0; g < maxima.size(); g++)
-        maxima[g] = maximum_of(GROUP, [&](int64_t i) { return _mm512_loadu_ps(y + g * GROUP + i); });
+        maxima[g] = maximum_of(BUNDLE, [&](int64_t i) { return load(y + g * BUNDLE + i); });
     std::nth_element(maxima.begin(), maxima.begin() + k - 1, maxima.end(), std::greater<float>());
     return maxima[k - 1];
 }
 
 // Probabilities times `scale` as integers, whose sums do not depend on their order; without a scale each is 1.
-inline void integer_weights(__m512 y, float scale, int64_t* weights) {
-    __m512 w = _mm512_set1_ps(1);
-    if (scale) w = _mm512_mul_ps(weights_of(y), _mm512_set1_ps(scale));
-    _mm512_store_si512(weights, _mm512_cvttps_epi64(_mm512_castps512_ps256(w)));
-    _mm512_store_si512(weights + 8, _mm512_cvttps_epi64(_mm512_extractf32x8_ps(w, 1)));
+inline void integer_weights(Floats y, float scale, int64_t* weights) {
+    store_truncated(weights, scale ? weights_of(y) * all(scale) : all(1));
 }
 
 struct Last {
@@ -123,17 +119,14 @@ Last find_last(const float* y, int64_t v, int64_t limit, float scale, float boun
         alignas(64) int64_t sums[2][2048] = {}, weights[16];
         alignas(64) int32_t bins[16];
         for (int64_t i = 0; i < v; i += 16) {
-            __m512 value = _mm512_loadu_ps(y + i);
-            __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(_mm512_abs_ps(value)), shift);
-            __mmask16 counts = _mm512_mask_cmp_ps_mask(lanes(v - i), value, _mm512_set1_ps(bound), _CMP_GE_OQ);
-            if (shift < 20)
-                counts = _mm512_mask_cmpeq_epi32_mask(counts, _mm512_srli_epi32(bits, 10), _mm512_set1_epi32(key));
+            Floats value = load(y + i);
+            Ints bits = shift_right(bits_of(absolute(value)), shift);
+            Lanes counts = at_least(value, all(bound)) & lanes(v - i);
+            if (shift < 20) counts &= equal(shift_right(bits, 10), all_ints(key));
             if (!counts) continue;
             integer_weights(value, scale, weights);
-            _mm512_store_si512(bins, _mm512_and_si512(bits, _mm512_set1_epi32(shift < 20 ? 1023 : 2047)));
-            _mm512_mask_storeu_epi64(weights, ~counts, _mm512_setzero_si512());
-            _mm512_mask_storeu_epi64(weights + 8, ~counts >> 8, _mm512_setzero_si512());
-            for (int j = 0; j < 16; j++) sums[j % 2][bins[j]] += weights[j];
+            store(bins, bits & all_ints(shift < 20 ? 1023 : 2047));
+            for (int j = 0; j < 16; j++) sums[j % 2][bins[j]] += counts >> j & 1 ? weights[j] : 0;
         }
         uint32_t bin = 0;
         for (; bin < 2047 && before + sums[0][bin] + sums[1][bin] < limit; bin++) before += sums[0][bin] + sums[1][bin];
@@ -143,7 +136,7 @@ Last find_last(const float* y, int64_t v, int64_t limit, float scale, float boun
     std::memcpy(&value, &key, 4);
     if (scale) {
         alignas(64) int64_t weights[16];
-        integer_weights(_mm512_set1_ps(-value), scale, weights);
+        integer_weights(all(-value), scale, weights);
         weight = std::max<int64_t>(weights[0], 1);
     }
     return {-value, (limit - before + weight - 1) / weight};
@@ -153,26 +146,23 @@ Last find_last(const float* y, int64_t v, int64_t limit, float scale, float boun
 template <class F>
 void for_each_kept(const float* y, int64_t v, Last last, F f) {
     for (int64_t i = 0; i < v; i += 16) {
-        __m512 value = _mm512_loadu_ps(y + i);
-        __mmask16 kept = _mm512_cmp_ps_mask(value, _mm512_set1_ps(last.value), _CMP_GT_OQ);
-        __mmask16 equal = _mm512_mask_cmpeq_ps_mask(lanes(v - i), value, _mm512_set1_ps(last.value));
-        for (; equal && last.num_equal > 0; equal &= equal - 1, last.num_equal--) kept |= equal & -equal;
+        Floats value = load(y + i);
+        Lanes kept = greater(value, all(last.value)), same = equal(value, all(last.value)) & lanes(v - i);
+        for (; same && last.num_equal > 0; same &= same - 1, last.num_equal--) kept |= same & -same;
         f(i, kept);
     }
 }
 
 void cut(float* y, int64_t v, Last last) {
-    for_each_kept(y, v, last, [&](int64_t i, __mmask16 kept) {
-        _mm512_mask_storeu_ps(y + i, ~kept, _mm512_set1_ps(-INFINITY));
-    });
+    for_each_kept(y, v, last, [&](int64_t i, Lanes kept) { store(y + i, all(-INFINITY), ~kept); });
 }
 
 // ---- a row with options
 
 void load_row(const bf16* x, const uint16_t* mask, float* y, int64_t v) {
-    for (int64_t i = 0; i < padded(v); i += 16) {
-        __mmask16 allowed = lanes(v - i) & (mask && i < v ? mask[i / 16] : 0xffff);
-        _mm512_storeu_ps(y + i, _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), allowed, load16(x + i, v - i)));
+    for (int64_t i = 0; i < whole_bundles(v); i += 16) {
+        Lanes allowed = lanes(v - i) & (mask && i < v ? mask[i / 16] : 0xffff);
+        store(y + i, select(allowed, load16(x + i, v - i), all(-INFINITY)));
     }
 }
 
@@ -197,14 +187,13 @@ void filter(const Options& options, int64_t o, float* y, int64_t v) {
     if (top_k < v) cut(y, v, find_last(y, v, top_k, 0, reached_by(y, v, top_k)));
     if (top_p < 1) {
         float scale = std::ldexp(1.0f, 62 - (64 - __builtin_clzll(v)));  // with which the sum of a row is below 2^63
-        __m512i sum = _mm512_setzero_si512();
+        int64_t sum = 0;
         alignas(64) int64_t weights[16];
         for (int64_t i = 0; i < v; i += 16) {
-            integer_weights(_mm512_loadu_ps(y + i), scale, weights);
-            sum = _mm512_add_epi64(sum, _mm512_load_si512(weights));
-            sum = _mm512_add_epi64(sum, _mm512_load_si512(weights + 8));
+            integer_weights(load(y + i), scale, weights);
+            for (int j = 0; j < 16; j++) sum += weights[j];
         }
-        double total = _mm512_reduce_add_epi64(sum);
+        double total = sum;
         // All tokens below this together weigh less than half of what may be left out.
         float bound = std::log((1 - top_p) * total / scale / v / 2) - 1e-3f;
         cut(y, v, find_last(y, v, std::ceil(top_p * total), scale, bound));
@@ -213,34 +202,30 @@ void filter(const Options& options, int64_t o, float* y, int64_t v) {
 
 int64_t sample_with(const Options& options, int64_t o, const bf16* x, float temperature, double uniform, int64_t v) {
     float* y = scratch(v);
-    auto load = [&](int64_t i) { return _mm512_maskz_loadu_ps(lanes(v - i), y + i); };
+    auto values = [&](int64_t i) { return load(y + i, v - i); };
     edit(options, o, x, y, v);
-    float maximum = maximum_of(v, load);
+    float maximum = maximum_of(v, values);
     options.is_ignored[o] = maximum == -INFINITY;
     if (maximum == -INFINITY) {
         load_row(x, nullptr, y, v);
-        maximum = maximum_of(v, load);
+        maximum = maximum_of(v, values);
     }
-    if (temperature == 0) return first_of(v, maximum, load);
-    __m512 least = _mm512_set1_ps(options.log_min_p ? options.log_min_p[o] : -INFINITY);
+    if (temperature == 0) return first_of(v, maximum, values);
+    Floats least = all(options.log_min_p ? options.log_min_p[o] : -INFINITY);
     for (int64_t i = 0; i < v; i += 16) {
-        __m512 value = _mm512_sub_ps(_mm512_loadu_ps(y + i), _mm512_set1_ps(maximum));
-        value = _mm512_div_ps(value, _mm512_set1_ps(temperature));
-        __mmask16 is_cut = _mm512_cmp_ps_mask(value, least, _CMP_LT_OQ);
-        _mm512_storeu_ps(y + i, _mm512_mask_mov_ps(value, is_cut, _mm512_set1_ps(-INFINITY)));
+        Floats value = (load(y + i) - all(maximum)) / all(temperature);
+        store(y + i, select(greater(least, value), all(-INFINITY), value));
     }
     filter(options, o, y, v);
     if (options.filtered) std::memcpy(options.filtered + o * v, y, v * sizeof(float));
-    return draw(v, uniform, load);
+    return draw(v, uniform, values);
 }
 
 int64_t sample_plainly(const bf16* x, float temperature, double uniform, int64_t v) {
-    auto load = [&](int64_t i) { return load16(x + i, v - i); };
-    float maximum = maximum_of(v, load);
-    if (temperature == 0) return first_of(v, maximum, load);
-    return draw(v, uniform, [&](int64_t i) {
-        return _mm512_div_ps(_mm512_sub_ps(load(i), _mm512_set1_ps(maximum)), _mm512_set1_ps(temperature));
-    });
+    auto values = [&](int64_t i) { return load16(x + i, v - i); };
+    float maximum = maximum_of(v, values);
+    if (temperature == 0) return first_of(v, maximum, values);
+    return draw(v, uniform, [&](int64_t i) { return (values(i) - all(maximum)) / all(temperature); });
 }
 
 }  // namespace
@@ -266,21 +251,20 @@ EXPORT void token_logprobs(const bf16* logits, int64_t stride, const int64_t* ro
     parallel_for(n, 2, [&](int64_t i) {
         float* y = scratch(v);
         load_row(logits + rows[i] * stride, nullptr, y, v);
-        auto load = [&](int64_t j) { return _mm512_maskz_loadu_ps(lanes(v - j), y + j); };
-        float maximum = maximum_of(v, load);
+        auto values = [&](int64_t j) { return load(y + j, v - j); };
+        float maximum = maximum_of(v, values);
         double sum = 0;
-        for (int64_t j = 0; j < v; j += 16)
-            _mm512_storeu_ps(y + j, _mm512_sub_ps(_mm512_loadu_ps(y + j), _mm512_set1_ps(maximum)));
-        for (int64_t chunk = 0; chunk * CHUNK < v; chunk++) sum += weigh(chunk, v, load);
+        for (int64_t j = 0; j < v; j += 16) store(y + j, load(y + j) - all(maximum));
+        for (int64_t chunk = 0; chunk * CHUNK < v; chunk++) sum += weigh(chunk, v, values);
         float log_sum = std::log(sum), chosen = y[tokens[i]];
         int64_t rank = 1;
         for (int64_t j = 0; j < v; j += 16)
-            rank += __builtin_popcount(_mm512_cmp_ps_mask(load(j), _mm512_set1_ps(chosen), _CMP_GT_OQ) & lanes(v - j));
+            rank += __builtin_popcount(greater(values(j), all(chosen)) & lanes(v - j));
         logprobs[i] = chosen - log_sum, ranks[i] = rank;
         int64_t k = std::min(num_top[i], v);
         if (k == 0) return;
         std::vector<std::pair<float, int64_t>> top;
-        for_each_kept(y, v, find_last(y, v, k, 0, reached_by(y, v, k)), [&](int64_t j, __mmask16 kept) {
+        for_each_kept(y, v, find_last(y, v, k, 0, reached_by(y, v, k)), [&](int64_t j, Lanes kept) {
             for (; kept; kept &= kept - 1) top.emplace_back(-y[j + __builtin_ctz(kept)], j + __builtin_ctz(kept));
         });
         std::sort(top.begin(), top.end());
@@ -296,8 +280,7 @@ EXPORT void mask_logits(bf16* logits, int64_t stride, const int64_t* rows, const
         bf16* x = logits + rows[row] * stride;
         const uint16_t* mask = masks + row * ((v + 31) / 32 * 2);
         for (int64_t i = 0; i < v; i += 16)
-            if (__mmask16 forbidden = ~mask[i / 16] & lanes(v - i))
-                _mm256_mask_storeu_epi16(x + i, forbidden, _mm256_set1_epi16((int16_t)0xff80));
+            if (Lanes forbidden = ~mask[i / 16] & lanes(v - i)) fill(x + i, forbidden, 0xff80);
     });
 }
 

@@ -5,16 +5,25 @@
 
 #pragma once
 
-#include <immintrin.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
+#include <mutex>
 #include <thread>
 #include <type_traits>
 #include <vector>
+
+inline void pause_briefly() {  // for whoever else the core runs
+#if defined(__aarch64__)
+    asm volatile("yield");
+#else
+    __builtin_ia32_pause();
+#endif
+}
 
 class Threads {
   public:
@@ -29,7 +38,7 @@ class Threads {
     ~Threads() {
         is_ending = true;
         round.fetch_add(1);
-        round.notify_all();
+        wake();
         for (auto& helper : helpers) helper.join();
     }
 
@@ -42,10 +51,10 @@ class Threads {
         next = 0;
         is_open = true;
         round.fetch_add(1);
-        if (num_asleep > 0) round.notify_all();
+        if (num_asleep > 0) wake();
         take();
         is_open = false;
-        while (num_inside > 0) _mm_pause();
+        while (num_inside > 0) pause_briefly();
     }
 
   private:
@@ -64,6 +73,13 @@ class Threads {
     std::atomic<bool> is_open{false}, is_ending{false};
     alignas(64) std::atomic<int64_t> num_inside{0};
     std::atomic<int64_t> num_asleep{0};
+    std::mutex sleep;
+    std::condition_variable awaken;
+
+    void wake() {
+        std::lock_guard lock(sleep);  // or a thread could miss it between its last look and its sleep
+        awaken.notify_all();
+    }
 
     void take() {
         for (int64_t i; (i = next.fetch_add(work.chunk)) < work.n;)
@@ -85,10 +101,11 @@ class Threads {
     uint32_t wait(uint32_t seen) {
         auto end = std::chrono::steady_clock::now() + SPIN;
         for (int i = 0; round == seen; i++) {
-            _mm_pause();
+            pause_briefly();
             if (i % 16 == 0 && std::chrono::steady_clock::now() > end) {
-                num_asleep.fetch_add(1);
-                round.wait(seen);
+                num_asleep.fetch_add(1);  // before it looks at the round again, as `run` looks after it has begun one
+                std::unique_lock lock(sleep);
+                awaken.wait(lock, [&] { return round != seen; });
                 num_asleep.fetch_sub(1);
             }
         }
