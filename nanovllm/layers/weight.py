@@ -169,7 +169,7 @@ def quantized_kernel(weight: QuantizedWeight, dtype: torch.dtype) -> Kernel:
         return triton_quantized.TritonQuantizedWeight(*parts, group_size or weight.shape[1], weight.shape)
     if cpu_kernels.has_kernels(torch.empty(0, dtype=dtype, device=weight.values.device), inputs=weight.shape[1]):
         if weight.values.dtype == torch.int8 and weight.zeros is None and weight.scales.shape[1] == 1:
-            return cpu_kernels.Int8Weight.of_codes(weight.values, weight.scales.flatten())
+            return cpu_kernels.Int8Weight(weight.values, weight.scales.flatten())
         if not weight.has_4_bits:
             _say_once(f"weights of {weight.values.dtype} become {dtype}, of twice the memory, which is faster on a CPU")
             return cpu_kernels.PackedWeight(weight.dequantize().to(dtype))

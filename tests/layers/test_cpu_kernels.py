@@ -102,8 +102,10 @@ def test_int8_linear_computes_with_quantised_weights_and_activations(m, n, k):
     activations, x_scales = quantize(x, 128)
     exact = ((activations * x_scales).flatten(1)[:, :k].double() @ (values * scales).flatten(1).double().T) + bias
     packed = Int8Weight(weight)
+    of_codes = Int8Weight(values.flatten(1).to(torch.int8), scales.flatten())
     # Values that lie half-way between two integers may be rounded either way.
     assert relative_error(packed.linear(x, bias), exact) < 2**-8
+    assert relative_error(of_codes.linear(x, bias), exact) < 2**-8
     rows = packed.rows(torch.arange(n)).float()
     assert (rows - weight.float()).abs().max() <= scales.max() * 0.5 + 2**-6  # of a value below 8, to bf16
     assert relative_error(rows, (values * scales).flatten(1)) < 2**-8

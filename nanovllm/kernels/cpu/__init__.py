@@ -62,33 +62,27 @@ class Int8Weight(PackedWeight):
 
     Activations are quantised on the fly, each 128 of a token with a scale of their own, so that an outlier costs only
     its neighbours their precision.
+
+    Args:
+        weight: In bf16; or the int8 codes of one that is quantised.
+        scales: [N], with codes.
     """
 
     kind = "int8"
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, scales: Tensor | None = None):
         self.shape = weight.shape
         padded = _pad_rows(weight)
         n, k = padded.shape
         compensation = torch.empty(n * -(-k // GROUP), dtype=torch.int32)  # of activations stored as unsigned
-        self.parts = [
-            torch.empty(n, k, dtype=torch.int8),
-            torch.empty(n, dtype=torch.float32),
-            compensation,
-        ]  # values, scales
-        call("pack_int8", padded, n, k, *self.parts)
-
-    @classmethod
-    def of_codes(cls, codes: Tensor, scales: Tensor) -> "Int8Weight":
-        """The same of [N, K] int8 and [N] scales."""
-        weight, padded = cls.__new__(cls), _pad_rows(codes)
-        n, k = padded.shape
-        values = padded.view(-1, PANEL, k // 4, 4).transpose(1, 2).contiguous()
-        groups = F.pad(padded, (0, -k % GROUP)).view(n // PANEL, PANEL, -1, GROUP)
-        compensation = groups.sum(-1, dtype=torch.int32).transpose(1, 2).mul(-128)
-        weight.shape = codes.shape
-        weight.parts = [values, F.pad(scales.float(), (0, n - len(scales))), compensation.contiguous()]
-        return weight
+        values = torch.empty(n, k, dtype=torch.int8)
+        if scales is None:
+            scales = torch.empty(n, dtype=torch.float32)
+            call("pack_int8", padded, n, k, values, scales, compensation)
+        else:
+            scales = F.pad(scales.float(), (0, n - len(scales)))
+            call("pack_codes", padded, n, k, values, compensation)
+        self.parts = [values, scales, compensation]
 
 
 def _pad_rows(weight: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from nanovllm.utils.device import default_threads
 SIGNATURES = {
     "pack_bf16": "pii",
     "pack_int8": "piippp",
+    "pack_codes": "piipp",
     "linear_bf16": "pipppiii",
     "linear_int8": "pipppppiii",
     "rows_bf16": "pppii",

@@ -165,6 +165,20 @@ void for_products(int64_t m, int64_t n, F&& f) {
     });
 }
 
+// Values and compensation of an int8 weight, of which code(i) is that of row `row` and column i.
+template <class Code>
+void place_int8(int64_t row, int64_t k, int8_t* values, int32_t* compensation, Code&& code) {
+    int64_t panel = row / PANEL, lane = row % PANEL, groups = (k + GROUP - 1) / GROUP;
+    for (int64_t g = 0; g < groups; g++) {
+        int32_t sum = 0;
+        for (int64_t i = g * GROUP; i < std::min(k, (g + 1) * GROUP); i++) {
+            int8_t value = values[panel * PANEL * k + (i / 4 * PANEL + lane) * 4 + i % 4] = code(i);
+            sum += value;
+        }
+        compensation[(panel * groups + g) * PANEL + lane] = -ZERO_BYTE * sum;
+    }
+}
+
 }  // namespace
 
 // Reorders a [n, k] weight in place; here n is a multiple of 32.
@@ -179,21 +193,19 @@ EXPORT void pack_bf16(bf16* w, int64_t n, int64_t k) {
 
 // Quantises a [n, k] weight, each row by its largest value, into the arrays of an Int8Weight; n likewise.
 EXPORT void pack_int8(const bf16* w, int64_t n, int64_t k, int8_t* values, float* scales, int32_t* compensation) {
-    int64_t groups = (k + GROUP - 1) / GROUP;
     parallel_for(n, 2, [&](int64_t row) {
-        int64_t panel = row / PANEL, lane = row % PANEL;
         float largest = 0;
         for (int64_t i = 0; i < k; i++) largest = std::max(largest, std::abs(to_float(w[row * k + i])));
         float scale = scales[row] = largest > 0 ? largest / 127 : 1;
-        for (int64_t g = 0; g < groups; g++) {
-            int32_t sum = 0;
-            for (int64_t i = g * GROUP; i < std::min(k, (g + 1) * GROUP); i++) {
-                int8_t value = int8_t(std::nearbyint(to_float(w[row * k + i]) / scale));
-                values[panel * PANEL * k + (i / 4 * PANEL + lane) * 4 + i % 4] = value;
-                sum += value;
-            }
-            compensation[(panel * groups + g) * PANEL + lane] = -ZERO_BYTE * sum;
-        }
+        place_int8(row, k, values, compensation,
+                   [&](int64_t i) { return int8_t(std::nearbyint(to_float(w[row * k + i]) / scale)); });
+    });
+}
+
+// The same of the codes themselves.
+EXPORT void pack_codes(const int8_t* codes, int64_t n, int64_t k, int8_t* values, int32_t* compensation) {
+    parallel_for(n, 2, [&](int64_t row) {
+        place_int8(row, k, values, compensation, [&](int64_t i) { return codes[row * k + i]; });
     });
 }
 
