@@ -17,8 +17,6 @@ constexpr int64_t TILE_ROWS = 12;   // rows of a tile: 12 x 2 sums leave registe
 constexpr int64_t TASK_TILES = 20;  // tiles that a thread computes with one panel: their rows then stay in its L2
 constexpr int64_t GROUP = 128;      // activations that share a scale in an int8 product
 
-bool has_amx = amx::is_possible();
-
 // Fetches weights from memory while others are worked with: a tile that has its panel to itself those that it comes to
 // soon, several tiles of one panel each its share of the next panel. Every step is 128 bytes of the tile's own panel.
 struct Prefetch {
@@ -147,7 +145,7 @@ void for_products(int64_t m, int64_t n, F&& f) {
 }  // namespace
 
 // Whether products are computed by AMX where the processor has it.
-EXPORT void set_amx(int64_t is_wanted) { has_amx = is_wanted && amx::is_possible(); }
+EXPORT void set_amx(int64_t is_wanted) { amx::is_on = is_wanted && amx::is_possible(); }
 
 // Reorders a [n, k] weight in place; here n is a multiple of 32.
 EXPORT void pack_bf16(bf16* w, int64_t n, int64_t k) {
@@ -182,7 +180,7 @@ EXPORT void pack_int8(const bf16* w, int64_t n, int64_t k, int8_t* values, float
 // out [m, n] = x [m, k] (rows ldx apart) times a packed weight's transpose, plus bias [n] if there is one.
 EXPORT void linear_bf16(const bf16* x, int64_t ldx, const bf16* w, const bf16* bias, bf16* out, int64_t m, int64_t n,
                         int64_t k) {
-    if (has_amx && k % 32 == 0) return amx::linear_bf16(x, ldx, w, bias, out, m, n, k);
+    if (amx::is_on && k % 32 == 0) return amx::linear_bf16(x, ldx, w, bias, out, m, n, k);
     static thread_local std::vector<bf16> buffer;
     buffer.resize(m * k);
     bf16* packed = buffer.data();
@@ -212,7 +210,7 @@ EXPORT void linear_int8(const bf16* x, int64_t ldx, const int8_t* values, const 
     uint8_t* packed = buffer.data();
     float* x_scales = scale_buffer.data();
     Int8Weight w{values, scales, compensation};
-    bool use_amx = has_amx && k % 64 == 0;
+    bool use_amx = amx::is_on && k % 64 == 0;
     for_tiles(m, use_amx ? 1 : TILE_ROWS, [&](int64_t row, int64_t rows) {
         for (int64_t r = 0; r < rows; r++)
             for (int64_t g = 0; g < groups; g++) {
