@@ -18,6 +18,7 @@ from nanovllm.kernels import cpu as cpu_kernels
 from nanovllm.kernels.cpu import Int8Weight, PackedWeight, build, compiled, targets
 from nanovllm.kernels.cpu.compiled import Memory, Recording, load_kernels
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.utils.context import Context
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no kernels for this processor, or no compiler")
 on_each_target = pytest.mark.usefixtures("target")
@@ -109,6 +110,25 @@ def test_int8_linear_computes_with_quantised_weights_and_activations(m, n, k):
     rows = packed.rows(torch.arange(n)).float()
     assert (rows - weight.float()).abs().max() <= scales.max() * 0.5 + 2**-6  # of a value below 8, to bf16
     assert relative_error(rows, (values * scales).flatten(1)) < 2**-8
+
+
+@on_each_target
+@pytest.mark.parametrize("group, head_dim", [(1, 128), (2, 64), (3, 80), (8, 256), (40, 32)])
+def test_a_token_attends_alike_alone_and_in_any_chunk(group, head_dim):
+    torch.manual_seed(group)
+    n, block_size = 203, 16 * group
+    q, k, v = (torch.randn(n, heads, head_dim, dtype=BF16) for heads in (2 * group, 2, 2))
+    whole = Context(torch.tensor([0, n]).int(), context_lens=torch.tensor([n]).int())
+    expected = cpu_kernels.attend(q, k, v, whole)  # over new keys; below over a cache
+    blocks = torch.randperm(-(-n // block_size)).int()
+    caches = [torch.full((len(blocks), 2, block_size, head_dim), torch.nan, dtype=BF16) for _ in range(2)]
+    slots = blocks[torch.arange(n) // block_size].long() * block_size + torch.arange(n) % block_size
+    cpu_kernels.store(k, caches[0], slots), cpu_kernels.store(v, caches[1], slots)
+    for chunk in (1, 5, 31, 150, n):
+        ends = torch.arange(chunk, n + chunk, chunk).clamp(max=n)  # chunks as if of sequences that share a cache
+        bounds = None if chunk == 1 else F.pad(ends, (1, 0)).int()
+        context = Context(bounds, context_lens=ends.int(), block_tables=blocks.expand(len(ends), -1).contiguous())
+        assert torch.equal(cpu_kernels.attend(q, *caches, context), expected)
 
 
 @on_each_target

@@ -33,6 +33,8 @@ inline const bool is_usable = [] {
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }();
 
+constexpr float zeros[COLUMNS] = {};
+
 // Not as intrinsics, of which compilers disagree what memory they touch, and which want flags of their own.
 template <int TILE>
 inline void load_tile(const void* from, int64_t stride) {
@@ -75,13 +77,10 @@ class Tiles {
     int64_t rows = 0;
 };
 
-// Fetches weights from memory while others are worked with: one of several tiles of rows its share of the next panel.
+// Fetches from memory what is soon worked with.
 struct Prefetch {
     const char* next;
     int64_t bytes;  // in a step
-
-    Prefetch(const char* here, const char* next_panel, int64_t size, int64_t tile, int64_t tiles)
-        : next(tiles == 1 ? here + 8192 : next_panel + size * tile / tiles), bytes(PANEL_STEP / tiles) {}
 
     void step() {
         for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
@@ -91,19 +90,21 @@ struct Prefetch {
 
 // Adds to the sums the products of activations, rows `stride` bytes apart, and a panel's weights; more than 16 rows if
 // HAS_SECOND.
-template <bool IS_INT8, bool HAS_SECOND>
+template <bool IS_INT8, bool HAS_SECOND, bool HAS_RIGHT = true>
 inline void multiply_steps(const char* x, int64_t stride, const char* w, int64_t steps, Prefetch& ahead) {
     for (int64_t i = 0; i < steps; i++, x += STEP, w += PANEL_STEP) {
         load_tile<6>(w, PANEL_STEP / 16);
         load_tile<4>(x, stride);
         ahead.step();
         multiply<IS_INT8, 0, 4, 6>();
-        load_tile<7>(w + 64, PANEL_STEP / 16);
-        multiply<IS_INT8, 1, 4, 7>();
+        if constexpr (HAS_RIGHT) {
+            load_tile<7>(w + 64, PANEL_STEP / 16);
+            multiply<IS_INT8, 1, 4, 7>();
+        }
         if constexpr (HAS_SECOND) {
             load_tile<5>(x + 16 * stride, stride);
             multiply<IS_INT8, 2, 5, 6>();
-            multiply<IS_INT8, 3, 5, 7>();
+            if constexpr (HAS_RIGHT) multiply<IS_INT8, 3, 5, 7>();
         }
     }
 }
@@ -120,12 +121,12 @@ inline void load_sums(const void* sums, int64_t stride) {
 }
 
 template <bool HAS_SECOND>
-inline void store_sums(void* sums) {
-    store_tile<0>((char*)sums, 4 * COLUMNS);
-    store_tile<1>((char*)sums + 64, 4 * COLUMNS);
+inline void store_sums(void* sums, int64_t stride) {
+    store_tile<0>((char*)sums, stride);
+    store_tile<1>((char*)sums + 64, stride);
     if constexpr (HAS_SECOND) {
-        store_tile<2>((char*)sums + 64 * COLUMNS, 4 * COLUMNS);
-        store_tile<3>((char*)sums + 64 * COLUMNS + 64, 4 * COLUMNS);
+        store_tile<2>((char*)sums + 16 * stride, stride);
+        store_tile<3>((char*)sums + 16 * stride + 64, stride);
     }
 }
 
@@ -167,7 +168,8 @@ void for_products(const Weight& w, bf16* out, int64_t m, int64_t n, Add&& add) {
                 for (int64_t row = start; row < end; row += ROWS, sums += ROWS) {
                     int64_t rows = std::min(ROWS, end - row);
                     units.configure(rows);
-                    Prefetch ahead(values, values + COLUMNS * w.bytes, COLUMNS * bytes, (row - start) / ROWS, tiles);
+                    const char* share = values + COLUMNS * (w.bytes + bytes * ((row - start) / ROWS) / tiles);
+                    Prefetch ahead{tiles == 1 ? values + 8192 : share, PANEL_STEP / tiles};  // of the next panel
                     if (rows > 16)
                         add.template operator()<true>(row, rows, panel, values, byte, bytes, sums, ahead);
                     else
@@ -185,10 +187,9 @@ inline void linear_bf16(const bf16* x, int64_t ldx, const bf16* w, const bf16* b
     for_products({w, 2 * k, nullptr, bias}, out, m, n,
                  [&]<bool HAS_SECOND>(int64_t row, int64_t, int64_t, const char* values, int64_t byte, int64_t bytes,
                                       float (*sums)[COLUMNS], Prefetch& ahead) {
-        static constexpr float zeros[COLUMNS] = {};
         load_sums<HAS_SECOND>(byte ? sums[0] : zeros, byte ? 4 * COLUMNS : 0);
         multiply_steps<false, HAS_SECOND>((const char*)(x + row * ldx) + byte, 2 * ldx, values, bytes / STEP, ahead);
-        store_sums<HAS_SECOND>(sums);
+        store_sums<HAS_SECOND>(sums, 4 * COLUMNS);
     });
 }
 
@@ -206,7 +207,7 @@ inline void linear_int8(const uint8_t* x, const float* x_scales, const int8_t* w
             int64_t group = from / GROUP, size = std::min(GROUP, byte + bytes - from);
             load_sums<HAS_SECOND>(compensation + (panel * groups + group) * COLUMNS, 0);
             multiply_steps<true, HAS_SECOND>((const char*)x + row * k + from, k, values, size / STEP, ahead);
-            store_sums<HAS_SECOND>(dots);
+            store_sums<HAS_SECOND>(dots, 4 * COLUMNS);
             for (int64_t r = 0; r < rows; r++) {
                 Floats scale = all(x_scales[(row + r) * groups + group]);
                 for (int64_t i = 0; i < COLUMNS; i += 16) {

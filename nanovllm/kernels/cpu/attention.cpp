@@ -6,6 +6,7 @@
 //
 // Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim: at most 256.
 
+#include "amx.h"
 #include "common.h"
 
 namespace {
@@ -163,6 +164,61 @@ void attend_tile(Rows& rows, int64_t first, const Tile& tile, const Keys& keys, 
     }
 }
 
+#ifdef WITH_AMX
+// What attend_tile does, for all rows of a task and by matrix units; d is a multiple of 32. The keys are multiplied as
+// activations with the queries as a panel of weights, [d / 2, ROWS, 2], and then the weights with pairs of values.
+template <bool HAS_SECOND>
+void attend_tile_amx(amx::Tiles& units, Rows& rows, int64_t num_rows, const bf16 (*queries)[2 * ROWS], const Tile& tile,
+                     const Keys& keys, int64_t d, float scale) {
+    alignas(64) float by_key[KEYS][ROWS], scores[KEYS];
+    alignas(64) bf16 weights[ROWS][KEYS], pairs[KEYS / 2][64], last[32 * MAX_DIM];
+    amx::Prefetch values{(const char*)tile.v, 2048}, next{(const char*)tile.next_k, 2048};
+    units.configure(32);
+    for (int64_t j = 0; j < tile.n; j += 32) {
+        const bf16* k = tile.k + j * keys.k_stride;
+        int64_t stride = keys.k_stride;
+        if (tile.n - j < 32) {  // more may not be read
+            for (int64_t i = 0; i < tile.n - j; i++) std::memcpy(last + i * d, k + i * stride, 2 * d);
+            k = last, stride = d;
+        }
+        amx::load_sums<true>(amx::zeros, 0);
+        amx::multiply_steps<false, true, HAS_SECOND>((const char*)k, 2 * stride, (const char*)queries, d / 32, values);
+        amx::store_sums<true>(by_key[j], 4 * ROWS);
+    }
+    __m512i lanes16 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t r = 0; r < num_rows; r++) {
+        for (int64_t j = 0; j < tile.n; j += 16)
+            _mm512_store_ps(scores + j, _mm512_i32gather_ps(lanes16 * ROWS, by_key[j] + r, 4));
+        soften(scores, std::min(tile.n, rows.limits[r] - tile.start), scale, rows, r, d, weights[r]);
+    }
+    units.configure(num_rows);
+    for (int64_t c = 0; c < d; c += 32) {
+        const bf16* v = tile.v + c;
+        for (int64_t j = 0; j < KEYS; j += 2, v += 2 * keys.v_stride) {
+            Bits first, second, v0 = load_first<Bits>(v, j < tile.n ? 32 : 0);
+            zip(v0, load_first<Bits>(v + keys.v_stride, j + 1 < tile.n ? 32 : 0), first, second);
+            put(pairs[j / 2], first);
+            put(pairs[j / 2] + 32, second);
+        }
+        amx::load_sums<HAS_SECOND>(rows.sums[0] + c, 4 * MAX_DIM);
+        amx::multiply_steps<false, HAS_SECOND>((const char*)weights, 2 * KEYS, (const char*)pairs, KEYS / 32, next);
+        amx::store_sums<HAS_SECOND>(rows.sums[0] + c, 4 * MAX_DIM);
+    }
+}
+
+template <class EachTile>
+void attend_amx(Rows& rows, int64_t num_rows, const Keys& keys, int64_t d, float scale, EachTile&& each_tile) {
+    alignas(64) bf16 queries[MAX_DIM / 2][2 * ROWS] = {};
+    for (int64_t r = 0; r < num_rows; r++)
+        for (int64_t c = 0; c < d; c += 2) std::memcpy(queries[c / 2] + 2 * r, rows.q[r] + c, 4);
+    amx::Tiles units;
+    auto attend_rows = num_rows > 16 ? attend_tile_amx<true> : attend_tile_amx<false>;
+    each_tile([&](const Tile& tile) { attend_rows(units, rows, num_rows, queries, tile, keys, d, scale); });
+}
+#else
+void attend_amx(auto&&...) {}
+#endif
+
 void write_row(const float* sums, float total, bf16* out, int64_t d) {
     Floats factor = all(total > 0 ? 1 / total : 0);
     for (int64_t c = 0; c < d; c += 32) store_columns(out + c, load(sums + c) * factor, load(sums + c + 16) * factor, d - c);
@@ -236,20 +292,28 @@ EXPORT void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const
         auto find_tile = [&](int64_t from) {
             return keys.tile(from, std::min(limit - from, KEYS), d, copies[from / KEYS % 2]);
         };
-        Tile tile, next = find_tile(0);
-        for (int64_t from = 0; from < limit; from += KEYS) {
-            tile = next;
-            if (from + KEYS < limit) next = find_tile(from + KEYS);
-            tile.next_k = next.k;
-            for (int64_t r = 0; r < num_rows; r += ATTENTION_ROWS) {
-                int64_t num = std::min<int64_t>(ATTENTION_ROWS, num_rows - r);
-                if (rows.limits[r + num - 1] <= from) continue;
-                with_rows<ATTENTION_ROWS>(num, [&]<int R>() {
-                    auto attend_rows = d % 32 ? attend_tile<R, false> : attend_tile<R, true>;
-                    attend_rows(rows, r, tile, keys, d, scale);
-                });
+        auto each_tile = [&](auto&& f) {
+            Tile tile, next = find_tile(0);
+            for (int64_t from = 0; from < limit; from += KEYS) {
+                tile = next;
+                if (from + KEYS < limit) next = find_tile(from + KEYS);
+                tile.next_k = next.k;
+                f(tile);
             }
-        }
+        };
+        if (amx::is_usable && d % 32 == 0)
+            attend_amx(rows, num_rows, keys, d, scale, each_tile);
+        else
+            each_tile([&](const Tile& tile) {
+                for (int64_t r = 0; r < num_rows; r += ATTENTION_ROWS) {
+                    int64_t num = std::min<int64_t>(ATTENTION_ROWS, num_rows - r);
+                    if (rows.limits[r + num - 1] <= tile.start) continue;
+                    with_rows<ATTENTION_ROWS>(num, [&]<int R>() {
+                        auto attend_rows = d % 32 ? attend_tile<R, false> : attend_tile<R, true>;
+                        attend_rows(rows, r, tile, keys, d, scale);
+                    });
+                }
+            });
         for (int64_t r = 0; r < num_rows; r++) {
             int64_t token = (first + r) / group, head = h * group + (first + r) % group;
             write_row(rows.sums[r], rows.totals[r], out + ((start + token) * num_heads + head) * d, d);
