@@ -39,9 +39,10 @@ inline int64_t first_row(int64_t tile, int64_t tiles, int64_t m) { return tile *
 template <int R>
 constexpr int COLUMNS = R <= WIDE_ROWS ? 2 : 1;
 
+// By itself, or else what is beside it when it is inlined would take registers from its sums.
 template <int R>
-void tile_bf16(const Operand* x, const bf16* w, const bf16* bias, bf16* out, int64_t n, int64_t columns, int64_t k,
-               Prefetch ahead) {
+[[gnu::noinline]] void tile_bf16(const Operand* x, const bf16* w, const bf16* bias, bf16* out, int64_t n,
+                                 int64_t columns, int64_t k, Prefetch ahead) {
     constexpr int C = COLUMNS<R>;
     for (int64_t half = 0; half < 2; half += C) {
         Floats sums[R][C];
