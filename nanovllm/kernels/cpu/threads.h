@@ -10,9 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
-#include <mutex>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -73,13 +71,14 @@ class Threads {
     std::atomic<bool> is_open{false}, is_ending{false};
     alignas(64) std::atomic<int64_t> num_inside{0};
     std::atomic<int64_t> num_asleep{0};
-    std::mutex sleep;
-    std::condition_variable awaken;
 
-    void wake() {
-        std::lock_guard lock(sleep);  // or a thread could miss it between its last look and its sleep
-        awaken.notify_all();
-    }
+#ifdef __cpp_lib_atomic_wait
+    void sleep(uint32_t seen) { round.wait(seen); }
+    void wake() { round.notify_all(); }
+#else  // g++ 10
+    void sleep(uint32_t) { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
+    void wake() {}
+#endif
 
     void take() {
         for (int64_t i; (i = next.fetch_add(work.chunk)) < work.n;)
@@ -103,9 +102,8 @@ class Threads {
         for (int i = 0; round == seen; i++) {
             pause_briefly();
             if (i % 16 == 0 && std::chrono::steady_clock::now() > end) {
-                num_asleep.fetch_add(1);  // before it looks at the round again, as `run` looks after it has begun one
-                std::unique_lock lock(sleep);
-                awaken.wait(lock, [&] { return round != seen; });
+                num_asleep.fetch_add(1);
+                sleep(seen);
                 num_asleep.fetch_sub(1);
             }
         }
