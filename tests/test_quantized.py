@@ -47,7 +47,7 @@ def test_layers_that_are_not_quantised_stay_so(tmp_path, method):
     check_tokens(tmp_path, save_quantized(tmp_path, method, ignored=("0.mlp.down_proj", "1.self_attn.o_proj")))
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq-8", "packed-4", "fp8-blocks", "float-tensor"])
+@pytest.mark.parametrize("method", ["awq", "packed-4", "fp8-blocks"])
 def test_two_ranks_have_their_parts(tmp_path, method):
     model = save_quantized(tmp_path, method, intermediate_size=128)
     if method == "fp8-blocks":

@@ -122,9 +122,9 @@ def test_what_is_compiled_is_the_users_own(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "_compile", lambda compiler, library: library)
     if not build._find_compiler():
         pytest.skip("no compiler")
-    directory = build.build().parent
+    directory = build.build([]).parent
     assert directory.is_relative_to(tmp_path) and stat.S_IMODE(directory.stat().st_mode) == 0o700
     monkeypatch.setattr(build, "UID", os.getuid() + 1)  # so that it is somebody else's
     monkeypatch.setattr(build, "_directories", lambda: iter([directory]))
     with pytest.raises(RuntimeError, match="belongs to another user"):
-        build.build()
+        build.build([])
