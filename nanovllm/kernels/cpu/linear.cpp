@@ -17,8 +17,6 @@ constexpr int64_t TILE_ROWS = 12;   // rows of a tile: 12 x 2 sums leave registe
 constexpr int64_t TASK_TILES = 20;  // tiles that a thread computes with one panel: their rows then stay in its L2
 constexpr int64_t GROUP = 128;      // activations that share a scale in an int8 product
 
-bool has_amx = amx::is_possible();
-
 // Fetches weights from memory while others are worked with: a tile that has its panel to itself those that it comes to
 // soon, several tiles of one panel each its share of the next panel. Every step is 128 bytes of the tile's own panel.
 struct Prefetch {
