@@ -164,11 +164,8 @@ class Config:
                 "ranks depend on the batch; use at most 2, and data_parallel_size for more GPUs"
             )
         is_quantised = self.quantization is not None or not self.weight_format.is_plain
-        has_4_bits = self.quantization == "int4" or self.weight_format.dtype == torch.uint8
-        if has_4_bits or (is_quantised and self.device.type == "cuda"):
-            raise ValueError(
-                "batch_invariant=True is not for weights of 4 bits, nor for quantised ones on a GPU: leave it out"
-            )
+        if is_quantised and self.device.type == "cuda":
+            raise ValueError("batch_invariant=True is not for quantised weights on a GPU: leave it out")
         if self.device.type == "cuda" and getattr(self.hf_config, "num_experts_per_tok", 0):
             raise ValueError("batch_invariant=True is not for mixtures of experts on a GPU: leave it out")
         if self.device.type == "cuda" and self.attention_backend not in ("auto", "triton"):

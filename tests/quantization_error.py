@@ -1,4 +1,4 @@
-"""How far bf16 and int8 are from fp32, on bench.py's small workload: `python -m tests.quantization_error DIR`.
+"""How far bf16, int8 and int4 are from fp32, on bench.py's small workload: `python -m tests.quantization_error DIR`.
 
 DIR is a checkpoint, for instance the random one that `python bench.py --save-checkpoint DIR` writes. Prints for each
 precision the logits' relative error ||x - exact|| / ||exact|| over the prompts, the average KL divergence of the
@@ -12,7 +12,11 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 
-PRECISIONS = {"bf16": {"dtype": "bfloat16"}, "int8": {"dtype": "bfloat16", "quantization": "int8"}}
+PRECISIONS = {
+    "bf16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8"},
+    "int4": {"dtype": "bfloat16", "quantization": "int4"},
+}
 
 
 def next_token_logits(model: str, prompts: list[list[int]], **settings: str) -> torch.Tensor:

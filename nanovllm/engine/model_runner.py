@@ -221,8 +221,9 @@ class ModelRunner:
         unpacked = [(name, w) for name, w in weights if not isinstance(w.kernel, cpu_kernels.PackedWeight)]
         if unpacked:
             name, weight = unpacked[0]
-            why = f"of {weight.shape[1]} inputs, no multiple of 4" if weight.shape[1] % 4 else "in 4 bits"
-            others.append(f"{len(unpacked)} products, the first with {name}.weight, {why}")
+            others.append(
+                f"{len(unpacked)} products, the first with {name}.weight, of {weight.shape[1]} inputs, no multiple of 4"
+            )
         if others:
             logger.info("decode steps are not recorded, since PyTorch does " + "; ".join(others))
         return not others

@@ -155,10 +155,10 @@ def plain_kernel(values: Tensor, bits: int, is_invariant: bool) -> Kernel:
         if is_invariant and values.is_cuda:
             return import_module("nanovllm.kernels.triton_linear").TritonWeight(values)
         return cpu_kernels.PackedWeight(values) if has_kernels else PlainWeight(values)
-    group_size = next((size for size in GROUP_SIZES if bits == 4 and k % size == 0), k)
-    if group_size == k and has_kernels:
-        return cpu_kernels.Int8Weight(values)
-    return quantized_kernel(quantize(values, 8 if group_size == k else 4, group_size), values.dtype)
+    group_size = next((size for size in GROUP_SIZES if bits == 4 and k % size == 0), None)
+    if has_kernels:
+        return cpu_kernels.Int4Weight(values, group_size) if group_size else cpu_kernels.Int8Weight(values)
+    return quantized_kernel(quantize(values, 4 if group_size else 8, group_size or k), values.dtype)
 
 
 def quantized_kernel(weight: QuantizedWeight, dtype: torch.dtype) -> Kernel:
@@ -173,6 +173,7 @@ def quantized_kernel(weight: QuantizedWeight, dtype: torch.dtype) -> Kernel:
         if not weight.has_4_bits:
             _say_once(f"weights of {weight.values.dtype} become {dtype}, of twice the memory, which is faster on a CPU")
             return cpu_kernels.PackedWeight(weight.dequantize().to(dtype))
+        return cpu_kernels.Int4Weight.of_codes(weight)
     _say_once("quantised weights save memory and no time: each step makes them 16 or 32 bits, a panel at a time")
     return weight
 

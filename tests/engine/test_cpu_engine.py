@@ -1,4 +1,4 @@
-"""The engine on the CPU's bf16 kernels: recorded decode steps, weights in int8, several ranks."""
+"""The engine on the CPU's bf16 kernels: recorded decode steps, weights in 8 and 4 bits, several ranks."""
 
 import weakref
 
@@ -9,10 +9,11 @@ from helpers import DEMO_MODEL, random_prompts, save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.cuda_graphs import RecordedSteps
 from nanovllm.kernels import cpu as cpu_kernels
-from nanovllm.kernels.cpu import Int8Weight, PackedWeight
+from nanovllm.kernels.cpu import Int4Weight, Int8Weight, PackedWeight
 from nanovllm.kernels.cpu.compiled import load_kernels
 from nanovllm.kernels.quantized import QuantizedWeight
 from nanovllm.layers import weight
+from quantized_checkpoints import save_quantized
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no kernels for this processor, or no compiler")
 SETTINGS = {"kvcache_block_size": 16, "num_kvcache_blocks": 60, "dtype": "bfloat16", "device": "cpu"}
@@ -46,7 +47,7 @@ def test_recorded_steps_give_the_tokens_of_eager_ones(tmp_path, pressure):
 def test_sizes_that_are_no_multiple_of_32_are_packed_and_recorded_too(tmp_path, sizes, caplog):
     caplog.set_level("INFO")
     save_model(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=True, **SIZES | sizes)
-    for quantization in (None, "int8"):
+    for quantization in (None, "int8", "int4"):
         recorded, steps = greedy(tmp_path, quantization=quantization)
         eager, no_steps = greedy(tmp_path, quantization=quantization, enforce_eager=True)
         assert recorded == eager and no_steps is None and len(steps._recordings) >= 4
@@ -90,28 +91,44 @@ def test_recordings_take_the_memory_of_the_largest_and_give_it_back_with_the_eng
 @needs_kernels
 def test_tied_embeddings_share_one_packed_weight(tmp_path):
     save_model(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=True, **SIZES)
-    for quantization, kind in ((None, PackedWeight), ("int8", Int8Weight)):
+    for quantization, kind in ((None, PackedWeight), ("int8", Int8Weight), ("int4", Int8Weight)):
         with LLM(str(tmp_path), quantization=quantization, **SETTINGS) as llm:
             model = llm.model_runner.model
             assert type(model.lm_head.weight.kernel) is kind and model.lm_head.weight is model.model.embed_tokens.weight
             assert not any(param.dim() == 2 for param in model.parameters())
 
 
+@torch.inference_mode()
+def first_logits(path, **settings) -> tuple[torch.Tensor, LLM]:
+    """[3, V] fp32 of three prompts."""
+    with LLM(str(path), **SETTINGS | settings) as llm:
+        forward, logits = llm.model_runner.forward, []
+        llm.model_runner.forward = lambda *args: logits.append(forward(*args)) or logits[-1]
+        llm.generate(random_prompts([5, 40, 80]), SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        return torch.cat(logits).float(), llm.model_runner.model
+
+
 @needs_kernels
-def test_int8_is_close_to_bf16_and_takes_half_the_memory(tmp_path):
+def test_quantised_weights_are_close_to_bf16_and_take_less_memory(tmp_path):
     save_model(tmp_path, dtype=torch.bfloat16, **SIZES | {"hidden_size": 256, "intermediate_size": 512})
-    captured, sizes = {}, {}
-    for quantization in (None, "int8"):
-        with LLM(str(tmp_path), quantization=quantization, **SETTINGS) as llm:
-            forward, logits = llm.model_runner.forward, []
-            llm.model_runner.forward = lambda *args: logits.append(forward(*args)) or logits[-1]  # noqa: B023
-            llm.generate(random_prompts([5, 40, 80]), SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-            captured[quantization] = torch.cat(logits).float()
-            sizes[quantization] = llm.model_runner.model.lm_head.weight.nbytes
-    error = (captured["int8"] - captured[None]).norm() / captured[None].norm()
-    # Each product adds an error of about 1 % (weights and activations rounded to 1/254 of their largest value).
-    assert 0.001 < error < 0.06
-    assert sizes["int8"] < 0.55 * sizes[None]
+    exact, model = first_logits(tmp_path)
+    size = model.model.layers[0].mlp.down_proj.weight.nbytes
+    # Each product adds an error of about 1 % (weights and activations rounded to 1/254 of their largest value) or 10 %.
+    for quantization, bounds, bits in (("int8", (0.001, 0.06), 8.5), ("int4", (0.01, 0.5), 4.5)):
+        logits, model = first_logits(tmp_path, quantization=quantization)
+        assert bounds[0] < (logits - exact).norm() / exact.norm() < bounds[1]
+        assert model.model.layers[0].mlp.down_proj.weight.nbytes < bits / 16 * size
+
+
+@needs_kernels
+@pytest.mark.parametrize("method", ["awq", "gptq-4", "packed-4", "packed-4-asymmetric"])
+def test_checkpoints_in_4_bits_are_computed_with_as_they_are(tmp_path, method, caplog):
+    caplog.set_level("INFO")
+    save_quantized(tmp_path, method)
+    exact, _ = first_logits(tmp_path, dtype="float32")
+    logits, model = first_logits(tmp_path)
+    assert isinstance(model.model.layers[1].mlp.gate_up_proj.weight.kernel, Int4Weight)
+    assert (logits - exact).norm() / exact.norm() < 0.06 and "not recorded" not in caplog.text
 
 
 def test_int8_without_kernels_saves_the_memory_and_says_that_it_is_slow(tmp_path, monkeypatch, caplog):

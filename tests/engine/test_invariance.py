@@ -36,7 +36,7 @@ def results(outputs: list) -> list[tuple]:
     return [(output.token_ids, output.logprobs, output.prompt_logprobs) for output in outputs]
 
 
-@pytest.fixture(scope="module", params=[None, "int8"])
+@pytest.fixture(scope="module", params=[None, "int8", "int4"])
 def alone(model, request) -> tuple[dict, list[tuple]]:
     """The settings, and each request's results by itself, in whole blocks of 64, on one thread."""
     settings = SETTINGS | {"quantization": request.param}
@@ -128,6 +128,13 @@ def test_batch_invariant_where_pytorch_computes_is_an_error(model, tmp_path, mon
     save_model(tmp_path, dtype=torch.bfloat16, **SIZES | {"head_dim": 272})
     with pytest.raises(ValueError, match=r"batch_invariant=True needs .*head_dim=272"):
         LLM(str(tmp_path), batch_invariant=True, **SETTINGS)
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_batch_invariant_takes_quantised_weights_on_a_cpu(model, quantization):
+    with LLM(model, batch_invariant=True, quantization=quantization, **SETTINGS) as llm:
+        assert llm.model_runner.graphs is not None
 
 
 def test_batch_invariant_refuses_sums_whose_order_depends_on_their_number(tmp_path):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from helpers import ROOT, chi_squared_p
 from nanovllm.kernels import cpu as cpu_kernels
-from nanovllm.kernels.cpu import Int8Weight, PackedWeight, build, compiled, targets
+from nanovllm.kernels import quantized
+from nanovllm.kernels.cpu import Int4Weight, Int8Weight, PackedWeight, build, compiled, targets
 from nanovllm.kernels.cpu.compiled import Memory, Recording, load_kernels
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.context import Context
@@ -23,6 +24,15 @@ from nanovllm.utils.context import Context
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no kernels for this processor, or no compiler")
 on_each_target = pytest.mark.usefixtures("target")
 BF16 = torch.bfloat16
+KINDS = [PackedWeight, Int8Weight, Int4Weight]
+
+
+def pack(kind: type[PackedWeight], weight: torch.Tensor) -> PackedWeight:
+    """A weight of this kind; in 4 bits in groups of 64 or 32 inputs if these divide their number, else of all."""
+    if kind is not Int4Weight:
+        return kind(weight.clone())
+    group_size = next(size for size in (64, 32, weight.shape[1]) if weight.shape[1] % size == 0)
+    return Int4Weight.of_codes(quantized.quantize(weight, 4, group_size))
 
 
 def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
@@ -55,28 +65,30 @@ def test_packing_keeps_the_memory_and_its_rows():
 
 
 @on_each_target
-@pytest.mark.parametrize("kind", [PackedWeight, Int8Weight])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [1, 31, 33, 61])
 @pytest.mark.parametrize("k", [132, 192])
 def test_results_for_rows_that_do_not_fill_a_panel_end_where_they_should(kind, n, k):
     """Those of a weight that does, less the last columns; and the memory after them is left alone."""
     torch.manual_seed(n)
     weight, bias, x = torch.randn(64, k, dtype=BF16), torch.randn(64, dtype=BF16), torch.randn(25, k, dtype=BF16)
-    whole, part = kind(weight.clone()), kind(weight[:n].clone())
+    whole, part = pack(kind, weight), pack(kind, weight[:n])
     assert part.shape == (n, k)
     assert torch.equal(part.rows(torch.arange(n)), whole.rows(torch.arange(n)))
     assert torch.equal(part.linear(x), whole.linear(x)[:, :n])
     beyond = torch.full((26, n), 7, dtype=BF16)
-    compiled.call("linear_" + kind.kind, x, x.stride(0), *part.parts, bias[:n].clone(), beyond[:25], 25, n, k)
+    sizes = 25, n, k, *part.more
+    compiled.call("linear_" + kind.kind, x, x.stride(0), *part.parts, bias[:n].clone(), beyond[:25], *sizes)
     assert torch.equal(beyond[:25], whole.linear(x, bias)[:, :n]) and (beyond[25] == 7).all()
 
 
 @on_each_target
-@pytest.mark.parametrize("kind", [PackedWeight, Int8Weight])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [32, 64, 100, 320, 6176])  # of the last, many rows are multiplied in slices
 def test_a_row_has_the_same_result_beside_any_number_of_others(kind, k):
     torch.manual_seed(k)
-    weight, bias, x = kind(torch.randn(96, k, dtype=BF16)), torch.randn(96, dtype=BF16), torch.randn(301, k, dtype=BF16)
+    weight, bias = pack(kind, torch.randn(96, k, dtype=BF16)), torch.randn(96, dtype=BF16)
+    x = torch.randn(301, k, dtype=BF16)
     expected = torch.cat([weight.linear(row, bias) for row in x.split(1)])
     for m in (2, 3, 5, 12, 13, 16, 17, 31, 32, 33, 48, 65, 257, 301):
         assert torch.equal(weight.linear(x[-m:], bias), expected[-m:])
@@ -129,6 +141,63 @@ def test_a_token_attends_alike_alone_and_in_any_chunk(group, head_dim):
         bounds = None if chunk == 1 else F.pad(ends, (1, 0)).int()
         context = Context(bounds, context_lens=ends.int(), block_tables=blocks.expand(len(ends), -1).contiguous())
         assert torch.equal(cpu_kernels.attend(q, *caches, context), expected)
+
+
+@on_each_target
+@pytest.mark.parametrize("scales", [torch.float16, BF16, torch.float32])
+@pytest.mark.parametrize("has_zeros", [True, False])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"),
+    [(64, 256, 128), (45, 96, 32), (33, 340, 48), (70, 272, 16), (40, 352, 176), (21, 132, 132)],
+)
+@pytest.mark.parametrize("m", [1, 13, 40])
+def test_int4_linear_computes_with_quantised_activations(m, n, k, group_size, has_zeros, scales):
+    """Scales of all outputs differ by more than fp16 can tell."""
+    torch.manual_seed(m)
+    groups = n, -(-k // group_size)
+    codes, zeros = (torch.randint(0, 256, (n, k // 2)).byte(), torch.randint(0, 16, groups).byte())
+    sizes = torch.ones(n) if scales == torch.float16 else torch.logspace(-9, 9, n)
+    found = ((torch.rand(groups) + 0.1) * sizes.unsqueeze(1)).to(scales)
+    codes = quantized.QuantizedWeight(codes, found, zeros if has_zeros else None, group_size)
+    meant = codes.dequantize()
+    x, bias = torch.randn(m, k, dtype=BF16), torch.randn(n, dtype=BF16)
+    x[0, 0] = 100  # an outlier spoils its own group of 128 and no other
+    x[1:2] = 0
+    activations, x_scales = quantize(x, 128)
+    activations = (activations * x_scales).flatten(1)[:, :k].double()
+    exact = activations @ meant.double().T + bias
+    packed = Int4Weight.of_codes(codes)
+    # Results are rounded to bf16, sums to fp32, scales in fp32 to fp16.
+    rounding = 2**-11 if scales == torch.float32 else 2**-20
+    error = (packed.linear(x, bias).double() - exact).abs()
+    assert (error <= 1.01 * 2**-8 * exact.abs() + rounding * (activations.abs() @ meant.abs().double().T)).all()
+    rows = packed.rows(torch.arange(n))
+    assert torch.equal(rows, meant.to(BF16)) or (scales == torch.float32 and torch.allclose(rows.float(), meant, 2**-7))
+
+
+@on_each_target
+@pytest.mark.parametrize(("n", "k", "group_size"), [(64, 256, 128), (45, 96, 32), (40, 64, 16), (1024, 1024, 128)])
+def test_int4_is_quantised_as_by_plain_pytorch(n, k, group_size):
+    """Whatever a row's size: but for scales in more bits."""
+    torch.manual_seed(0)
+    weight = torch.randn(n, k) * torch.logspace(-20, 20, n).unsqueeze(1)
+    weight[0], weight[1, :group_size], weight[2], weight[4] = 0, 0, 0.5, weight[4].abs()
+    weight = weight.to(BF16)
+    expected = quantized.quantize(weight, 4, group_size).dequantize()
+    found = Int4Weight(weight, group_size).rows(torch.arange(n)).float()
+    assert (found[0] == 0).all() and (found[1, :group_size] == 0).all()
+    sizes = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30)  # whose squares fp32 cannot hold
+    error, least = ((((x - weight) / sizes) ** 2).sum(1) for x in (found, expected))
+    assert (error <= 1.02 * least + 1e-4).all() and error.sum() < 1.01 * least.sum()
+    assert ((found - expected).abs() < 2**-6 * sizes).float().mean() > 0.99
+
+
+@on_each_target
+def test_int4_codes_are_reordered_where_they_are():
+    codes = quantized.quantize(torch.randn(64, 256), 4, 128)
+    packed = Int4Weight.of_codes(codes)
+    assert packed.parts[0].data_ptr() == codes.values.data_ptr()
+    assert packed.nbytes == 64 * 256 // 2 + 64 * 2 * 3 + 64 * 4
 
 
 @on_each_target
@@ -200,9 +269,10 @@ def test_sampling_at_the_edges():
 
 
 @needs_kernels
-def test_a_recording_repeats_its_calls_on_new_inputs():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recording_repeats_its_calls_on_new_inputs(kind):
     torch.manual_seed(0)
-    weights = [PackedWeight(torch.randn(64, 64, dtype=BF16) / 8) for _ in range(3)]
+    weights = [pack(kind, torch.randn(64, 64, dtype=BF16) / 8) for _ in range(3)]
     scale = torch.ones(64, dtype=BF16)
     x = torch.randn(5, 64, dtype=BF16)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.cpu.compiled import call, empty, load_kernels
+from nanovllm.kernels.quantized import QuantizedWeight
 from nanovllm.utils.context import Context
 
 GROUP, PANEL = 128, 32  # as in linear.cpp
@@ -32,6 +33,7 @@ class PackedWeight:
     """
 
     kind = "bf16"
+    more: tuple[int, ...] = ()  # that its functions take after N and K
 
     def __init__(self, weight: Tensor):
         self.shape = weight.shape
@@ -47,7 +49,7 @@ class PackedWeight:
         """[T, K] bf16 -> [T, N] bf16."""
         assert x.stride(1) == 1
         out = empty(x.shape[0], self.shape[0])
-        call("linear_" + self.kind, x, x.stride(0), *self.parts, bias, out, x.shape[0], *self.shape)
+        call("linear_" + self.kind, x, x.stride(0), *self.parts, bias, out, x.shape[0], *self.shape, *self.more)
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -83,6 +85,55 @@ class Int8Weight(PackedWeight):
             scales = F.pad(scales.float(), (0, n - len(scales)))
             call("pack_codes", padded, n, k, values, compensation)
         self.parts = [values, scales, compensation]
+
+
+class Int4Weight(PackedWeight):
+    """A [N, K] weight in 4 bits, asymmetric: each `group_size` inputs of an output have a scale and a zero point.
+
+    K is so many, which are 16, 32, 64 or 128. Activations are quantised as for int8.
+    """
+
+    kind = "int4"
+
+    def __init__(self, weight: Tensor, group_size: int = 128):
+        padded = _pad_rows(weight)
+        (n, k), blocks = padded.shape, -(-weight.shape[1] // GROUP)
+        groups = n // PANEL, blocks * GROUP // group_size, PANEL
+        self.shape, self.more = weight.shape, (group_size,)
+        self.parts = [
+            torch.zeros(n, blocks * GROUP // 2, dtype=torch.uint8),
+            torch.zeros(groups, dtype=torch.float16),
+            torch.zeros(groups, dtype=torch.uint8),
+            torch.empty(n),
+        ]  # codes, scales, zero points, factors of the scales
+        call("quantize_int4", padded, n, k, *self.parts, group_size)
+
+    @classmethod
+    def of_codes(cls, codes: QuantizedWeight) -> "Int4Weight":
+        """The same of groups of any multiple of 16 inputs, or one. The codes are reordered in place, if they fit."""
+        weight, values, (n, k) = cls.__new__(cls), codes.values, codes.shape
+        inputs, missing = -(-k // GROUP) * GROUP, -n % PANEL
+        group_size = codes.group_size if codes.scales.shape[1] > 1 else inputs
+        assert group_size % 16 == 0 and values.is_contiguous()
+        if inputs != k or missing:
+            values = F.pad(values, (0, (inputs - k) // 2, 0, missing))
+        call("pack_int4", values, n + missing, inputs // GROUP)
+        scales = codes.scales.float()
+        exponents = scales.abs().amax(1).clamp(min=2.0**-100).frexp().exponent
+        factors = torch.ldexp(torch.ones(n), exponents - 15)  # 2^-14 to 2^-15 of the largest scale
+        zeros = torch.full(scales.shape, 8, dtype=torch.uint8) if codes.zeros is None else codes.zeros
+        groups = [(scales / factors.unsqueeze(1)).half(), zeros]
+        padding = 0, -(-inputs // group_size) - scales.shape[1], 0, missing
+        scales, zeros = (F.pad(x, padding).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous() for x in groups)
+        weight.shape, weight.more = codes.shape, (group_size,)
+        weight.parts = [values, scales, zeros, F.pad(factors, (0, missing))]
+        return weight
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """See `PackedWeight.rows`."""
+        out = empty(ids.shape[0], self.shape[1])
+        call("rows_int4", *self.parts, ids, out, *out.shape, *self.more)
+        return out
 
 
 def _pad_rows(weight: Tensor) -> Tensor:

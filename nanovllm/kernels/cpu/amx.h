@@ -58,7 +58,8 @@ class Tiles {
   public:
     ~Tiles() { asm volatile("tilerelease" ::); }
 
-    void configure(int64_t wanted) {
+    // For so many rows of activations, of which STEP bytes or fewer are multiplied at a time.
+    void configure(int64_t wanted, int64_t step = STEP) {
         if (rows == wanted) return;
         rows = wanted;
         struct alignas(64) {
@@ -66,10 +67,11 @@ class Tiles {
             uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {};
         } tiles;
+        tiles.bytes[4] = tiles.bytes[5] = step;
         uint8_t first = std::min<int64_t>(rows, 16), second = std::max<int64_t>(rows - 16, 1);
         for (int i : {0, 1, 4}) tiles.rows[i] = first;
         for (int i : {2, 3, 5}) tiles.rows[i] = second;
-        tiles.rows[6] = tiles.rows[7] = 16;
+        tiles.rows[6] = tiles.rows[7] = step / 4;
         asm volatile("ldtilecfg %0" ::"m"(tiles));
     }
 
