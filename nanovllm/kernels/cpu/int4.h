@@ -3,7 +3,7 @@
 //
 // A weight [N, K] is kept as panels of 32 rows by blocks of 128 inputs, [N / 32, K / 128, 16, 32, 4] bytes: their low
 // halves are the codes of a block's first 64 inputs, in quadruples along K as the dot-product instructions take them,
-// the high ones those of the others. Zeros fill it up to whole panels and blocks. Groups are of a multiple of 16 inputs.
+// the high ones those of the others. Zeros fill it up to whole panels and blocks. Groups are a multiple of 16 inputs.
 // Activations have a scale for each block; inputs that share it and their groups are a segment: a divisor of 128.
 
 #pragma once

@@ -1,8 +1,8 @@
 // Linear layers over weights of 4 bits, see int4.h.
 //
-// A block of a panel becomes bytes in the cache, for all rows that are multiplied with it. A segment's products are added
-// up in integers, and those of segments in fp32, in their order, for one row as for any other: results depend on neither
-// the rows nor the instructions.
+// A block of a panel becomes bytes in the cache, for all rows that are multiplied with it. A segment's products are
+// added up in integers, and those of segments in fp32, in their order, for one row as for any other: results depend on
+// neither the rows nor the instructions.
 //
 // Legend: a product is [M, K] activations times the transpose of an [N, K] weight.
 
@@ -196,7 +196,7 @@ void multiply(const Activations& x, const Int4Weight& w, const bf16* bias, bf16*
         for (int64_t b = 0; b < w.blocks; b++)
             for (int64_t panel = first; panel < last; panel++) {
                 unpack<Unit::TAKES_SIGNED>(w, panel, b, codes);
-                for (int64_t tile = 0, row = 0, end; tile <= tiles; tile++) {  // one is multiplied, the one before added
+                for (int64_t tile = 0, row = 0, end; tile <= tiles; tile++) {  // added after the next is multiplied
                     int64_t before = row;
                     row = tile * rows / tiles, end = (tile + 1) * rows / tiles;
                     const Value* values = x.values + (b * m + start + row) * BLOCK;
