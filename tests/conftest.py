@@ -27,6 +27,7 @@ SLOW_NAMES = (
     "no_port_is_open_for",
     "in_a_terminal",
     "in_a_pipe",
+    "ray_data_pipeline",
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
