@@ -1,0 +1,46 @@
+"""docs/reference.md is what the source says today."""
+
+import runpy
+
+from helpers import ROOT
+from nanovllm.config import Config
+from nanovllm.utils.comments import field_comments
+
+SCRIPT = runpy.run_path(str(ROOT / "docs" / "reference.py"))
+
+
+def test_the_reference_is_that_of_this_source():
+    message = "run `python docs/reference.py`"
+    assert SCRIPT["FILE"].read_text(encoding="utf-8") == SCRIPT["reference"](), message
+
+
+def test_every_field_says_what_it_means():
+    for source in SCRIPT["PARTS"].values():
+        for name, _, _, meaning in SCRIPT["fields"](source):
+            assert len(meaning) > 5, f"{source.__name__}: {name}"
+
+
+def test_comments_above_and_beside_a_field_are_its_own():
+    class Source:
+        """Of two fields.
+
+        first: a line of a docstring
+        """
+
+        # Not of a field.
+
+        # A comment of
+        # two lines.
+        first: int = 1
+        second: dict[str, int]  # what stands: beside it
+        third: str = "CUDA"
+        fourth: int = 0  # CUDA keeps its capitals
+
+        def method(self) -> None:
+            # Nobody's.
+            other: int = 2  # nor this
+            print(other)
+
+    expected = ["a comment of two lines", "what stands: beside it", "", "CUDA keeps its capitals"]
+    assert field_comments(Source) == dict(zip(["first", "second", "third", "fourth"], expected, strict=True))
+    assert "block_size" not in field_comments(Config) and "eos" in field_comments(Config)
