@@ -14,7 +14,7 @@ from pathlib import Path
 from nanovllm import batch
 
 model = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1] / "assets" / "nano-qwen3"
-requests = [
+requests: list[dict[str, object]] = [
     {"custom_id": f"sum-{a}", "messages": [{"role": "user", "content": f"what is {a} + 425?"}]} for a in range(510, 520)
 ]
 requests.append({"custom_id": "hot", "prompt": "once", "temperature": -1})

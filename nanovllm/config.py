@@ -59,7 +59,7 @@ SIZES = (
 class Config:
     """Settings of an engine: what `LLM` takes. TypeError or ValueError if one is wrong for model or device."""
 
-    model: str  # a Hugging Face checkpoint directory, or an `owner/name` id of the hub
+    model: str | Path  # a Hugging Face checkpoint directory, or an `owner/name` id of the hub
     # Most tokens computed in a step, if not more sequences run; a longer prompt is computed in chunks. None: 16384, on
     # a CPU 1024.
     max_num_batched_tokens: int | None = None
@@ -225,7 +225,7 @@ def known_fields(settings: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in settings.items() if name in known}
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str | Path) -> Path:
     """The directory of a checkpoint: `model` itself, or the hub's `owner/name` in huggingface_hub's cache.
 
     ValueError if it is neither, or not in the cache while the hub cannot be reached.
