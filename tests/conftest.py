@@ -9,6 +9,7 @@ import torch
 
 SLOW_FILES = {
     "test_attention_compiled.py",
+    "test_packaging.py",
     "test_ray.py",
     "test_replicas.py",
     "test_start_up_compiles.py",
