@@ -83,8 +83,8 @@ class Config:
     num_kvcache_blocks: int = -1
     hf_config: PretrainedConfig | None = None  # the model's configuration; read from the checkpoint by default
     eos: int | Sequence[int] | None = None  # token ids that end a completion; read from the checkpoint by default
-    # Of weights and activations: "float32", "bfloat16" or "float16". "auto": the checkpoint's; on a CPU bfloat16 where
-    # it is fast (AVX512-BF16, AMX, Arm BF16), else float32.
+    # Of weights and activations: "float32", "bfloat16" or "float16". "auto": the checkpoint's; but 16 bits are bfloat16
+    # on a CPU that the C++ kernels are for, float32 on another, and float16 on a GPU that is slow in bfloat16.
     dtype: str | torch.dtype = "auto"
     device: str | torch.device = "auto"  # "cuda" or "cpu"; "auto": CUDA if there is a GPU
     # "flash_attn" (the package, FA3 or FA2), "triton" (ours), "torch_varlen" (PyTorch's own, 2.13) or "cpu" (C++ for
