@@ -1,7 +1,6 @@
 """The `nanovllm` command: answers on the terminal, a chat, and jobs over batch files."""
 
 import argparse
-import inspect
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from time import perf_counter
 from nanovllm import LLM, GenerationError, SamplingParams, __version__
 from nanovllm.config import Config
 from nanovllm.outputs import RequestOutput
+from nanovllm.utils.comments import field_comments
 
 DEMO_MODEL = Path("assets/nano-qwen3")  # inside the repository
 HELP_WIDTH = 26  # of the options' names; what they mean stands beside that
@@ -114,7 +114,7 @@ def _add_fields(command: argparse.ArgumentParser, about: str | None = None, **de
     """An option for every field of `SamplingParams` and `Config`. One not given leaves no trace; see `_given`."""
     sampling, engine = command.add_argument_group("sampling", about), command.add_argument_group("engine")
     for group, source, prefix in ((sampling, SamplingParams, SAMPLING), (engine, Config, ENGINE)):
-        comments = _comments(source)
+        comments = field_comments(source)
         for field in fields(source):
             if field.init and field.name not in ("logits_processors", "model", "hf_config"):
                 name = "request_seed" if prefix + field.name == f"{SAMPLING}seed" else field.name
@@ -123,19 +123,6 @@ def _add_fields(command: argparse.ArgumentParser, about: str | None = None, **de
                 text = text.replace("None", "none").replace("%", "%%").replace("`", "")
                 options = {"dest": prefix + field.name, "default": argparse.SUPPRESS, "help": text}
                 group.add_argument(f"--{name.replace('_', '-')}", **options, **_kind(field))
-
-
-def _comments(source: type) -> dict[str, str]:
-    """What the source says of each field, above or beside it."""
-    comments, above = {}, []
-    for line in map(str.strip, inspect.getsource(source).splitlines()):
-        if line.startswith("# "):
-            above.append(line[2:])
-        elif match := re.match(r"(\w+): .*? = .*?(?:  # (.*))?$", line):
-            text = " ".join(above).rstrip(".") or match[2] or ""
-            comments[match[1]] = text[0].lower() + text[1:] if text[1:2].islower() else text
-            above = []
-    return comments
 
 
 def _kind(field: Field) -> dict[str, object]:

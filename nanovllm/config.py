@@ -57,10 +57,11 @@ SIZES = (
 
 @dataclass(slots=True)
 class Config:
-    """Settings of an engine; the README explains each. TypeError or ValueError if one is wrong for model or device."""
+    """Settings of an engine: what `LLM` takes. TypeError or ValueError if one is wrong for model or device."""
 
-    model: str  # a Hugging Face checkpoint directory, or an `owner/name` id of the hub
-    # Most tokens of a step, if not more sequences run; longer prompts come in chunks. None: 16384, on a CPU 1024.
+    model: str | Path  # a Hugging Face checkpoint directory, or an `owner/name` id of the hub
+    # Most tokens computed in a step, if not more sequences run; a longer prompt is computed in chunks. None: 16384, on
+    # a CPU 1024.
     max_num_batched_tokens: int | None = None
     max_num_seqs: int = 512  # most sequences that run at the same time
     max_model_len: int = 4096  # most tokens of a sequence, prompt included; lowered to what the model supports
@@ -68,26 +69,39 @@ class Config:
     tensor_parallel_size: int = 1  # processes that share the model, 1 to 8; on CUDA each has a GPU
     # Replicas of the model that share the requests, 1 to 64: processes, each with its GPUs or its share of the cores.
     data_parallel_size: int = 1
-    worker_timeout: float = 60.0  # seconds without progress in a step, after which a tensor-parallel rank hangs
-    enforce_eager: bool = False  # no CUDA graphs or recordings for decode
-    # Tokens per block of the KV cache, also the unit of prefix caching; None: what the attention backend is fast with.
+    # Seconds, at most 1800, for which no tensor-parallel rank makes progress in a step until the one that hangs is
+    # ended.
+    worker_timeout: float = 60.0
+    # Decode without CUDA graphs, which take some seconds of start-up, and without a CPU's recordings.
+    enforce_eager: bool = False
+    # Tokens per block of the KV cache, also the unit of prefix caching. None: 64, or 256 where FlashAttention 2 takes
+    # no smaller.
     kvcache_block_size: int | None = None
-    num_kvcache_blocks: int = -1  # of the KV cache; -1: as many as the memory budget holds
-    hf_config: PretrainedConfig | None = None  # read from the checkpoint by default
-    eos: int | Sequence[int] | None = None  # ids that end a completion; read from the checkpoint by default
-    # The checkpoint's, or what the device is fast in; or "float32", "bfloat16" or "float16".
+    # Blocks of the KV cache. -1: on a GPU what `gpu_memory_utilization` leaves, on a CPU half of the memory available
+    # (to a container: within its limit) but at most 4 GiB, and nowhere more than `max_num_seqs` sequences of
+    # `max_model_len`.
+    num_kvcache_blocks: int = -1
+    hf_config: PretrainedConfig | None = None  # the model's configuration; read from the checkpoint by default
+    eos: int | Sequence[int] | None = None  # token ids that end a completion; read from the checkpoint by default
+    # Of weights and activations: "float32", "bfloat16" or "float16". "auto": the checkpoint's; but 16 bits are bfloat16
+    # on a CPU that the C++ kernels are for, float32 on another, and float16 on a GPU that is slow in bfloat16.
     dtype: str | torch.dtype = "auto"
-    device: str | torch.device = "auto"  # CUDA if there is one; or "cpu" or "cuda"
-    attention_backend: str = "auto"  # the first that works here; or flash_attn, triton, torch_varlen or cpu
-    load_format: str = "auto"  # safetensors; or "dummy": random weights, for benchmarks
-    # Of weights that the checkpoint has in 16 or 32 bits. "int8": each output channel with a scale. "int4": each 128
-    # inputs of an output with a scale and a zero point, embeddings as for int8.
+    device: str | torch.device = "auto"  # "cuda" or "cpu"; "auto": CUDA if there is a GPU
+    # "flash_attn" (the package, FA3 or FA2), "triton" (ours), "torch_varlen" (PyTorch's own, 2.13) or "cpu" (C++ for
+    # bfloat16 on a CPU that has what it needs, else plain PyTorch, on any device). "auto": the first that works here.
+    attention_backend: str = "auto"
+    # "auto": the checkpoint's safetensors. "dummy": random weights from config.json alone, for benchmarks.
+    load_format: str = "auto"
+    # What to make, while loading, of weights that the checkpoint has in 16 or 32 bits. "int8": each output channel with
+    # a scale. "int4": each 128 inputs of an output with a scale and a zero point, embeddings as for int8.
     quantization: str | None = None
-    # Most tokens to guess of a sequence by what came before, which are checked in one step; 0: none. Faster where texts
-    # repeat themselves or the prompt, and the same.
+    # Most tokens, at most 64, to guess of a sequence by what came before, which are checked in one step; 0: none.
+    # Outputs are the same, and sooner where texts repeat themselves or the prompt.
     speculative_tokens: int = 0
     seed: int = 0  # of the sampling and of dummy weights
-    batch_invariant: bool = False  # a request's results do not depend, in any bit, on what runs beside it
+    # A request's tokens and log-probabilities are the same, bit for bit, whatever runs beside it, or an error says why
+    # not here.
+    batch_invariant: bool = False
     model_path: Path = field(init=False)
     model_class: type = field(init=False)  # of `nanovllm.models`, or from outside
     weight_format: Format = field(init=False)  # of the checkpoint's linear layers
@@ -208,7 +222,7 @@ def known_fields(settings: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in settings.items() if name in known}
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str | Path) -> Path:
     """The directory of a checkpoint: `model` itself, or the hub's `owner/name` in huggingface_hub's cache.
 
     ValueError if it is neither, or not in the cache while the hub cannot be reached.

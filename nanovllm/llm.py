@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from nanovllm.engine.beam_search import BeamSearchParams, beam_search
 from nanovllm.engine.chat import Conversations, render_chats
@@ -27,7 +28,7 @@ class LLM(LLMEngine):
         sampling_params: Params = None,
         add_generation_prompt: bool = True,
         use_tqdm: bool = True,
-        chat_template_kwargs: dict[str, object] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         **keywords: object,
     ) -> list[RequestOutput]:
         """Answers conversations through the tokenizer's chat template.
@@ -58,7 +59,7 @@ class LLM(LLMEngine):
         conversations: Conversations,
         sampling_params: Params = None,
         add_generation_prompt: bool = True,
-        chat_template_kwargs: dict[str, object] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         **keywords: object,
     ) -> Iterator[StreamDelta]:
         """As `chat`, piece by piece, as `generate_stream`."""

@@ -14,13 +14,12 @@ class Record(dict):
 class TokenLogprob(Record):
     """One token under the model's own distribution (before temperature, penalties and filters)."""
 
-    token_id: int
+    token_id: int  # its number in the vocabulary
     token: str  # its text; those of a completion add up to what its tokens decode to, ends of characters included
-    logprob: float
+    logprob: float  # the logarithm of its probability
     rank: int  # 1 is the most likely token
-    top: list[
-        list
-    ]  # `[token_id, logprob, text]` of the most likely tokens, as many as were asked for, the likeliest first
+    # `[token_id, logprob, text]` of the most likely tokens, as many as were asked for, the likeliest first.
+    top: list[list]
 
 
 class CompletionOutput(Record):
@@ -32,7 +31,7 @@ class CompletionOutput(Record):
     # "stop", "length" (also when the cache could not hold the sequence even alone), "abort", or "error"
     finish_reason: str
     stop_reason: int | str | None  # which of `stop_token_ids` or `stop` ended it; None for end of sequence or a length
-    logprobs: list[TokenLogprob] | None
+    logprobs: list[TokenLogprob] | None  # of each of `token_ids`; None unless asked for
     cumulative_logprob: float | None  # sum over `token_ids`; None unless `logprobs` were asked for
     error: str  # what it failed of; there only with `finish_reason` "error"
 
@@ -40,8 +39,8 @@ class CompletionOutput(Record):
 class RequestOutput(CompletionOutput):
     """What `generate` returns for a prompt: its first completion, and what belongs to the prompt."""
 
-    prompt: str | None  # None if token ids were given
-    prompt_token_ids: list[int]
+    prompt: str | None  # its text; None if token ids were given
+    prompt_token_ids: list[int]  # what the prompt was computed as
     prompt_logprobs: list[TokenLogprob | None] | None  # one for each token; the first has nothing before it and is None
     num_cached_tokens: int  # of the prompt, whose keys and values the prefix cache had when the request was admitted
     outputs: list[CompletionOutput]  # all `n` completions
@@ -54,18 +53,18 @@ class StreamDelta(Record):
 
     index: int  # of the prompt
     completion: int  # below `n`
-    text: str
-    token_ids: list[int]
+    text: str  # what is new of the completion's text
+    token_ids: list[int]  # what is new of its tokens
     finish_reason: str | None  # None until the last piece
-    stop_reason: int | str | None
+    stop_reason: int | str | None  # as of a completion; None until the last piece
     error: str  # there only with `finish_reason` "error"
 
 
 class BeamHypothesis(Record):
     """One finished hypothesis of a beam search."""
 
-    text: str
-    token_ids: list[int]
+    text: str  # without special tokens
+    token_ids: list[int]  # with the token that ended it
     score: float  # sum of the log-probabilities, divided by `len(token_ids) ** length_penalty`
     finish_reason: str  # "stop" or "length"
 
@@ -81,8 +80,8 @@ class Score(Record):
 
     logprob: float  # of the whole completion: the sum over its tokens
     is_greedy: bool  # whether each of its tokens is the most likely one, so that greedy decoding begins with it
-    num_tokens: int
-    token_ids: list[int]  # the completion's
+    num_tokens: int  # of the completion
+    token_ids: list[int]  # what it was computed as
     token_logprobs: list[float]  # of each, given the prompt and those before it
 
 

@@ -33,27 +33,31 @@ class SamplingParams:
     ignore_eos: bool = False  # go on after an end-of-sequence token, for benchmarks
     n: int = 1  # completions of the prompt, each with random draws of its own
     top_k: int = 0  # sample among this many most likely tokens; 0 or -1 among all
-    top_p: float = 1.0  # among the fewest most likely tokens whose probabilities reach this sum, in (0, 1]
-    min_p: float = 0.0  # among the tokens at least this fraction as likely as the most likely one, in [0, 1]
+    top_p: float = 1.0  # sample among the fewest most likely tokens whose probabilities reach this sum, in (0, 1]
+    min_p: float = 0.0  # sample among the tokens at least this fraction as likely as the most likely one, in [0, 1]
     presence_penalty: float = 0.0  # subtracted from the logit of each token of the completion so far, in [-2, 2]
-    frequency_penalty: float = 0.0  # the same, times how often the token occurs there, in [-2, 2]
-    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of prompt and completion's tokens
-    seed: int | None = None  # of a random stream: the same tokens whatever else runs; None: from the engine's
+    frequency_penalty: float = 0.0  # subtracted each time that the token occurs in the completion so far, in [-2, 2]
+    # Divides the positive and multiplies the negative logits of tokens of the prompt and of the completion so far.
+    repetition_penalty: float = 1.0
+    # Of the request's own random stream: the same tokens whatever else runs. None: from the engine's.
+    seed: int | None = None
     stop: str | Sequence[str] | None = None  # texts that end the completion
     stop_token_ids: Sequence[int] | None = None  # tokens that end it, beside the end-of-sequence ones
     include_stop_str_in_output: bool = False  # keep the text of what stopped the completion at its end
     min_tokens: int = 0  # no end of sequence and no stop before this many tokens
     # Report the log-probability of each token and of this many most likely ones (-1 is all), of the model's own
-    # distribution, before anything above changed it.
+    # distribution, before any of these parameters changes it.
     logprobs: int | None = None
-    prompt_logprobs: int | None = None  # the same of the prompt's tokens; no prefix is taken from the cache then
+    # As `logprobs`, of the prompt's tokens. The prompt is computed whole then, without the prefix cache.
+    prompt_logprobs: int | None = None
     # Keep only so many tokens of the prompt, its last; -1: what the model takes.
     truncate_prompt_tokens: int | None = None
     logit_bias: dict[int, float] | None = None  # token id -> what to add to its logit, in [-100, 100]
     bad_words: Sequence[str] | None = None  # texts that the completion must not contain, as sequences of tokens
     allowed_token_ids: Sequence[int] | None = None  # sample only these tokens
-    skip_special_tokens: bool = True  # leave them out of `text`; `token_ids` always keep everything
-    logits_processors: Sequence[LogitsProcessor] | None = None  # the slow path
+    skip_special_tokens: bool = True  # leave special tokens out of `text`; `token_ids` keep everything
+    # Callables from the completion's token ids so far and the [V] fp32 logits to the logits to use: the slow path.
+    logits_processors: Sequence[LogitsProcessor] | None = None
     # The form of the completion, also as a dict of the fields of `StructuredOutputs`; see there.
     structured_outputs: StructuredOutputs | dict | None = None
 

@@ -9,6 +9,7 @@ import torch
 
 SLOW_FILES = {
     "test_attention_compiled.py",
+    "test_packaging.py",
     "test_ray.py",
     "test_replicas.py",
     "test_start_up_compiles.py",
@@ -27,6 +28,7 @@ SLOW_NAMES = (
     "no_port_is_open_for",
     "in_a_terminal",
     "in_a_pipe",
+    "ray_data_pipeline",
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -4,6 +4,7 @@ import re
 import reprlib
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import jinja2
 from jinja2 import meta
@@ -13,7 +14,7 @@ from nanovllm.engine.inputs import Rendered
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import nearest_name
 
-Message = dict[str, object]
+Message = dict[str, Any]  # of object, a user's dict[str, str] would be none
 Conversations = Sequence[Message] | Sequence[Sequence[Message]]
 
 ARGUMENTS = ("conversations", "sampling_params", "add_generation_prompt", "use_tqdm", "chat_template_kwargs")
@@ -23,7 +24,7 @@ SET_FOR_THE_TEMPLATE = {"messages", "add_generation_prompt", "raise_exception", 
 
 def render_chats(
     tokenizer: PreTrainedTokenizerBase, conversations: Conversations, add_generation_prompt: bool,
-    chat_template_kwargs: dict[str, object] | None, keywords: dict[str, object]
+    chat_template_kwargs: dict[str, Any] | None, keywords: dict[str, object]
 ) -> list[str]:  # fmt: skip
     """The prompts of conversations; of one if it is given as a bare list of messages.
 

@@ -3,6 +3,7 @@
 import reprlib
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +12,7 @@ from nanovllm.config import Config
 from nanovllm.engine.grammar import Grammars
 from nanovllm.sampling_params import SamplingParams
 
-Prompt = str | SequenceOf[int] | dict[str, object]  # a dict has one of the others as "prompt" or "prompt_token_ids"
+Prompt = str | SequenceOf[int] | dict[str, Any]  # a dict has one of the others as "prompt" or "prompt_token_ids"
 Prompts = Prompt | SequenceOf[Prompt]
 Params = SamplingParams | SequenceOf[SamplingParams] | None  # one for all, one for each prompt, or the default
 SLICE = 256  # prompts to be tokenized at a time: enough for all cores, few enough for the engine to start soon

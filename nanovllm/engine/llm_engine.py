@@ -8,6 +8,8 @@ import weakref
 from array import array
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +32,9 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import GenerationError, RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class LLMEngine:
     """Generates text for any number of requests, batched step by step.
@@ -46,7 +51,7 @@ class LLMEngine:
         RuntimeError: A process of `tensor_parallel_size` or `data_parallel_size` failed, or may not be started here.
     """
 
-    def __init__(self, model: str, **kwargs):
+    def __init__(self, model: str | Path, **kwargs: object):
         config = Config(model, **known_fields(kwargs))
         self.config = config
         self.tokenizer = inputs.load_tokenizer(config)
@@ -67,7 +72,7 @@ class LLMEngine:
         self._process = os.getpid()
         self._finalizer = weakref.finalize(self, _finalize, self.__dict__, self._process)
 
-    def __enter__(self) -> "LLMEngine":
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -23,7 +23,7 @@ import pyarrow.parquet as parquet
 import ray
 from ray.cluster_utils import Cluster
 
-from helpers import DEMO_MODEL, ROOT, random_prompts, save_model
+from helpers import DEMO_MODEL, random_prompts, save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.batch import ray_backend
 from nanovllm.batch.lines import Item
@@ -242,19 +242,6 @@ def test_a_dataset_keeps_its_columns_and_its_rows_get_the_answers_of_one_engine(
     assert "leaves no room" in table["error"].pop(5)
     assert table["out"] == [output["text"] for output in outputs] and not any(table["error"])
     assert table["finish_reason"] == [output["finish_reason"] for output in outputs]
-
-
-def test_the_parquet_example_answers_with_the_demo_model(cluster, tmp_path):
-    ray.init(cluster.address, ignore_reinit_error=True)
-    parquet.write_table(pyarrow.table({"question": ["What is 2 + 3?", "Hello"]}), tmp_path / "in.parquet")
-    spec = importlib.util.spec_from_file_location("ray_parquet", ROOT / "examples" / "ray_parquet.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    files = [str(tmp_path / "in.parquet"), str(tmp_path / "out")]
-    example.main([*files, "--column", "question", "--max-tokens", "20"])
-    rows = parquet.read_table(tmp_path / "out").sort_by("question").to_pylist()
-    assert [row["question"] for row in rows] == ["Hello", "What is 2 + 3?"]
-    assert all(isinstance(row["generated_text"], str) and row["finish_reason"] and row["error"] is None for row in rows)
 
 
 def test_columns_that_would_be_there_twice_are_refused():

@@ -1,14 +1,13 @@
 """`LLM.score`: given completions against transformers' log-softmax, however they are computed."""
 
 import json
-import runpy
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import DEMO_MODEL, ROOT, random_prompts
+from helpers import DEMO_MODEL, random_prompts
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import scoring
 
@@ -195,9 +194,3 @@ def test_a_prompt_and_its_completion_may_fill_the_models_length(llm, checkpoint)
 def test_a_text_that_adds_no_token_is_refused(demo):
     with pytest.raises(ValueError, match=r"completions\[0\]\[1\] is empty"):
         demo.score(["Hello"], [[" you", ""]], use_tqdm=False)
-
-
-def test_the_example_finds_the_right_answers(capsys):
-    runpy.run_path(str(ROOT / "examples" / "multiple_choice.py"))["main"](["--questions", "12", "--compare"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("12 of 12 right") and "with prompt_logprobs" in lines[1]
