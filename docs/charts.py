@@ -38,7 +38,10 @@ def plot(series: Series, x_label: str, y_label: str) -> str:
     shapes = [text(LEFT - 70, 16, y_label), text(LEFT + WIDTH / 2, TOP + HEIGHT + 40, x_label, "middle")]
     for power in range(round(math.log10(low)), round(math.log10(high)) + 1):
         _, y = place(left, 10.0**power)
-        shapes += [line([(LEFT, y), (LEFT + WIDTH, y)], INK, "1 4", 1), text(LEFT - 8, y + 4, f"{10.0**power:g}", "end")]
+        shapes += [
+            line([(LEFT, y), (LEFT + WIDTH, y)], INK, "1 4", 1),
+            text(LEFT - 8, y + 4, f"{10.0**power:g}", "end"),
+        ]
     for x in sorted({x for points in series.values() for x, _ in points}):
         shapes.append(text(place(x, low)[0], TOP + HEIGHT + 20, f"{x:g}", "middle"))
     below = -math.inf

@@ -66,6 +66,7 @@ def kv_cache(llm: LLM) -> dict[str, list]:
     """Milliseconds for a token after n others: alone, and with all of them computed again."""
     with_cache, without = [], []
     for n in (16, 64, 256, 1024, 1984):
+
         def again(n: int = n) -> None:
             llm.generate([random_ids(n)], SamplingParams(max_tokens=1), use_tqdm=False)
 
