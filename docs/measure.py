@@ -10,6 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter
@@ -116,7 +117,7 @@ def attention() -> dict[str, list]:
         tables = torch.randperm(num_blocks, dtype=torch.int32).view(num_seqs, -1)
         context = Context(None, None, 1, n, torch.full((num_seqs,), n, dtype=torch.int32), tables)
         q = torch.randn(num_seqs, 16, 128, dtype=DTYPE)
-        seconds = quickest(lambda: backend.decode(q, *caches, context), 20)
+        seconds = quickest(partial(backend.decode, q, *caches, context), 20)
         measured.append([n, rounded(1e3 * seconds)])
         floor.append([n, 2 * caches[0].nbytes])
         bandwidth = max(bandwidth, bench.measure_bandwidth(CPU))  # others use the machine, now more, now less
