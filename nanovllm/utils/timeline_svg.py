@@ -26,9 +26,9 @@ def draw(rows: dict[str, list[Span]], num_steps: int = 8) -> str:
         return LEFT + (seconds - start) / (end - start) * WIDTH
 
     title = f"Steps {first + 1} to {first + len(steps)} of {len(rows['steps'])}, {1e3 * (end - start):.2f} ms"
-    shapes = ['<rect width="100%" height="100%" fill="white"/>', _text(LEFT, 24, title)]
+    shapes = ['<rect width="100%" height="100%" fill="white"/>', text(LEFT, 24, title)]
     for name, (y, height) in ROWS.items():
-        shapes.append(_text(LEFT - 8, y + height / 2 + 4, name, "end"))
+        shapes.append(text(LEFT - 8, y + height / 2 + 4, name, "end"))
         for phase, begin, stop in shown[name]:
             width, color = x(stop) - x(begin), colors.get(phase, COLORS[-1])
             tip = f"<title>{phase}: {1e3 * (stop - begin):.3f} ms</title>"
@@ -38,12 +38,18 @@ def draw(rows: dict[str, list[Span]], num_steps: int = 8) -> str:
     shapes += _axis(end - start)
     shapes += _legend(shown["host"], sum(stop - begin for _, begin, stop in steps), colors)
     size = LEFT + WIDTH + MARGIN, LEGEND + 24 * len(colors)
-    head = '<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewBox="0 0 {0} {1}" '.format(*size)
-    return "\n".join([head + 'font-family="sans-serif" font-size="13">', *shapes, "</svg>", ""])
+    return picture(*size, shapes)
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.2f}" y="{y}" text-anchor="{anchor}">{text}</text>'
+def picture(width: float, height: float, shapes: list[str], color: str = "black") -> str:
+    """SVG of the shapes, with texts and what says no other fill in `color`."""
+    head = '<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewBox="0 0 {0} {1}" '
+    head = head.format(width, height) + f'fill="{color}" font-family="sans-serif" font-size="13">'
+    return "\n".join([head, *shapes, "</svg>", ""])
+
+
+def text(x: float, y: float, words: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.2f}" y="{y}" text-anchor="{anchor}">{words}</text>'
 
 
 def _axis(seconds: float) -> list[str]:
@@ -55,7 +61,7 @@ def _axis(seconds: float) -> list[str]:
     for i, tick in enumerate(ticks):
         x = LEFT + tick / (1e3 * seconds) * WIDTH
         label = f"{tick:g}" + " ms" * (i == len(ticks) - 1)
-        shapes += [f'<path d="M{x:.2f} {BOTTOM}v5" stroke="black"/>', _text(x, BOTTOM + 20, label, "middle")]
+        shapes += [f'<path d="M{x:.2f} {BOTTOM}v5" stroke="black"/>', text(x, BOTTOM + 20, label, "middle")]
     return shapes
 
 
@@ -68,7 +74,7 @@ def _legend(spans: list[Span], total: float, colors: dict[str, str]) -> list[str
     for i, (phase, taken) in enumerate(seconds.items()):
         y = LEGEND + 24 * i
         shapes.append(f'<rect x="{LEFT}" y="{y - 12}" width="16" height="16" fill="{colors.get(phase, COLORS[-1])}"/>')
-        shapes.append(_text(LEFT + 26, y, phase))
-        shapes.append(_text(LEFT + 220, y, f"{1e3 * taken:.3f} ms", "end"))
-        shapes.append(_text(LEFT + 300, y, f"{100 * taken / total:.2f} %", "end"))
+        shapes.append(text(LEFT + 26, y, phase))
+        shapes.append(text(LEFT + 220, y, f"{1e3 * taken:.3f} ms", "end"))
+        shapes.append(text(LEFT + 300, y, f"{100 * taken / total:.2f} %", "end"))
     return shapes
