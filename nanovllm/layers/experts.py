@@ -40,11 +40,13 @@ class Experts(nn.ModuleList):
         """[T, H], [T, K] and [T, K] of `Router` -> [T, H], the chosen experts' sum."""
         if has_grouped_products(x):
             return import_module("nanovllm.kernels.triton_experts").mix(x, chosen, counts, self)
-        out, chosen = torch.zeros_like(x, dtype=torch.float32), chosen.cpu().numpy()
-        for expert in np.unique(chosen).tolist():  # in the same order for each token, whatever others chose
-            rows, places = (torch.from_numpy(i).to(x.device) for i in (chosen == expert).nonzero())
-            out.index_add_(0, rows, self[expert](x[rows]).float() * counts[rows, places].unsqueeze(1))
-        return out.to(x.dtype)
+        flat = chosen.flatten().cpu().numpy()
+        order = np.argsort(flat, kind="stable")  # of the T * K choices, those of one expert together
+        experts, starts = np.unique(flat[order], return_index=True)
+        places = torch.from_numpy(np.stack([order // chosen.shape[1], np.argsort(order)])).to(x.device)
+        parts = x[places[0]].tensor_split(starts[1:].tolist())
+        outs = torch.cat([self[i](part) for i, part in zip(experts.tolist(), parts, strict=True)])[places[1]]
+        return (outs.view(*chosen.shape, -1).float() * counts.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
 def has_grouped_products(x: Tensor) -> bool:
