@@ -18,7 +18,7 @@ from nanovllm.kernels import cpu as cpu_kernels
 from nanovllm.kernels.fused import triton_problem
 from nanovllm.kernels.quantized import QuantizedWeight, pack_4_bits, quantize
 from nanovllm.layers.weight_formats import PLAIN, Format
-from nanovllm.utils.loader import CheckpointTensor
+from nanovllm.utils.loader import CheckpointTensor, in_order
 
 GROUP_SIZES = 128, 32  # of quantization="int4"
 BITS = {"int4": 4, "int8": 8}
@@ -87,9 +87,7 @@ class Weight:
             return self.format.others[name](loaded, full_shape)
         part = self.format.parts[name]
         whole = [slice(0, size) for size in full_shape]
-        found = part.read(loaded, full_shape, rows or whole[0], columns or whole[1])
-        if order is not None:
-            found = found.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+        found = in_order(part.read(loaded, full_shape, rows or whole[0], columns or whole[1]), order)
         if part.target not in self.parts:
             dtype = self.dtype if self.format.is_plain else found.dtype
             self.parts[part.target] = self._empty(found.shape[1], dtype)

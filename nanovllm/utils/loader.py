@@ -60,8 +60,12 @@ def copy_weight(
     full_shape = tuple(param.shape) if full_shape is None else full_shape
     if tuple(loaded.get_shape()) != full_shape:
         raise ShapeError(f"has shape {list(loaded.get_shape())}, the configuration says {list(full_shape)}")
-    found = loaded[index]
-    param.data.copy_(found if order is None else found.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1))
+    param.data.copy_(in_order(loaded[index], order))
+
+
+def in_order(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """The rows, of which each m are brought in the [m] `order`."""
+    return x if order is None else x.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
 
 
 def load_model(

@@ -390,7 +390,7 @@ def test_sources_flags_and_compiler_each_make_another_library(cache, monkeypatch
 
 def load_warned() -> str:
     """What is said where there are no kernels."""
-    with pytest.warns(UserWarning, match="several times slower.*int8.*not possible") as record:
+    with pytest.warns(UserWarning, match="several times slower. The reason: ") as record:
         assert load_kernels.__wrapped__() is None
     [warning] = record
     return str(warning.message)

@@ -72,8 +72,8 @@ def load_kernels() -> ctypes.CDLL | None:
         )
     elif problems:
         warnings.warn(
-            "there are no compiled CPU kernels: plain PyTorch computes instead, several times slower, and "
-            f"quantization='int8' is not possible. The reason: {problems[-1]}",
+            "there are no compiled CPU kernels: plain PyTorch computes instead, several times slower. "
+            f"The reason: {problems[-1]}",
             stacklevel=2,
         )
     return library
