@@ -41,6 +41,11 @@ class Batch:
         """D."""
         return len(self.context_lens) - (0 if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1)
 
+    @property
+    def all_bounds(self) -> np.ndarray:
+        """[D + C + 1] int32, of all rows in a step with chunks."""
+        return np.concatenate([np.arange(self.num_decode, dtype=np.int32), self.num_decode + self.cu_seqlens_q])
+
 
 class BatchBuilder:
     """Builds a `Batch` from sequences that the scheduler chose.

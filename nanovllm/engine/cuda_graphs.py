@@ -1,4 +1,4 @@
-"""The decode step as one launch for all of a model's kernels: CUDA graphs, and recordings of the CPU's.
+"""A step as one launch for all of a model's kernels: CUDA graphs of decode steps, and recordings of a CPU's small ones.
 
 A graph reads its inputs where they were when it was captured, so each step writes them there, padded to the graph's
 size. Knows nothing of models.
@@ -19,6 +19,7 @@ from nanovllm.utils.device import ALIGNMENT, upload
 from nanovllm.utils.timeline import mark
 
 MOST_CELLS = 512  # of the block tables that are sent one by one; if more have changed, whole rows are
+MOST_RECORDINGS = 1024  # of some 50 KB
 LARGEST = 512  # with more sequences the GPU is busy for longer than the launches take
 INPUTS = {  # of a batch: dtype, and what stands in rows that are not used, which so store nothing and read nothing
     "input_ids": (np.int64, 0),
@@ -60,14 +61,18 @@ class DecodeGraphs:
                 pool = graph.pool()
                 self._graphs[size] = graph, output
 
+    def takes(self, batch: Batch) -> bool:
+        """Whether there is a graph for such a step."""
+        return batch.cu_seqlens_q is None and len(batch.positions) <= self.sizes[-1]
+
     def replay(self, batch: Batch, last_tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """[S, hidden_size] of at most `sizes[-1]` sequences; valid until the next replay.
+        """[T, hidden_size] of a batch that it takes; valid until the next replay.
 
         `last_tokens` are those that `batch.sources` refers to.
         """
         num_seqs = len(batch.context_lens)
         size = next(size for size in self.sizes if size >= num_seqs)
-        take_samples(self._inputs.write(batch, size)[0], batch.sources, last_tokens)
+        take_samples(self._inputs.write(batch, size)[1], batch.sources, last_tokens)
         mark("upload")
         graph, output = self._graphs[size]
         graph.replay()
@@ -75,25 +80,31 @@ class DecodeGraphs:
 
 
 class RecordedSteps:
-    """The same on a CPU, made for each number of sequences when it first decodes: to record a step costs no time.
+    """The same on a CPU, for steps of at most `max_tokens` of any kind, of up to `max_tokens` rows of the block tables.
 
-    All that `model` does must be the CPU's kernels.
+    A recording is for T tokens of S rows, and made when these first come together: that takes no time. All that `model`
+    does must be the CPU's kernels.
     """
 
-    def __init__(self, model: Model, max_num_seqs: int, max_blocks: int):
-        self.sizes = range(1, max_num_seqs + 1)
-        self._model, self._inputs = model, _Inputs(max_num_seqs, max_blocks, torch.device("cpu"))
-        self._memory = Memory(max_num_seqs)
-        self._recordings: dict[int, Recording] = {}
+    def __init__(self, model: Model, max_tokens: int, max_blocks: int):
+        self._model, self._inputs = model, _Inputs(max_tokens, max_blocks, torch.device("cpu"))
+        self._memory = Memory(max_tokens)
+        self._recordings: dict[tuple[int, int], Recording] = {}
+
+    def takes(self, batch: Batch) -> bool:
+        """As `DecodeGraphs.takes`. Prompts without a prefix in the cache come without block tables."""
+        return len(batch.positions) <= self._memory.max_rows and batch.block_tables is not None
 
     def replay(self, batch: Batch, last_tokens: torch.Tensor | None = None) -> torch.Tensor:
         """As `DecodeGraphs.replay`."""
-        size = len(batch.context_lens)
-        inputs = self._inputs.write(batch, size)
-        take_samples(inputs[0], batch.sources, last_tokens)
+        size = len(batch.positions), len(batch.context_lens)
+        inputs = self._inputs.write(batch)
+        take_samples(inputs[1], batch.sources, last_tokens)
         mark("upload")
         if size in self._recordings:
             return self._recordings[size].replay()
+        if len(self._recordings) == MOST_RECORDINGS:
+            del self._recordings[next(iter(self._recordings))]
         self._recordings[size] = Recording(partial(_run, self._model, *inputs), self._memory)
         return self._recordings[size].output
 
@@ -103,32 +114,38 @@ class _Inputs:
 
     def __init__(self, max_size: int, max_blocks: int, device: torch.device):
         self._device = device
-        num_bytes = max_size * (3 * 8 + 4) + (len(INPUTS) + 1) * ALIGNMENT
+        num_bytes = max_size * (3 * 8 + 2 * 4) + (len(INPUTS) + 2) * ALIGNMENT
         self._buffer = torch.empty(num_bytes + 12 * MOST_CELLS, dtype=torch.uint8, device=device)
         self._tables = torch.zeros(max_size, max_blocks, dtype=torch.int32, device=device)
         self._sent = np.zeros((max_size, max_blocks), dtype=np.int32)  # what they hold
 
-    def write(self, batch: Batch, size: int) -> list[torch.Tensor]:
-        """The batch in `size` rows; for each size at its own places, which are the same each time.
+    def write(self, batch: Batch, size: int | None = None) -> list[torch.Tensor]:
+        """The arguments of `_run` for the batch, for the same sizes at the same places each time.
 
-        Of the block tables goes what changes; rows that are not used keep what they had.
+        A decode is padded to `size` rows, if that is given. Of the block tables goes what changes; rows that are not
+        used keep what they had.
         """
-        padded = []
-        for name, (dtype, padding) in INPUTS.items():
-            array = getattr(batch, name)
-            padded.append(np.full(size, padding, dtype))
-            padded[-1][: len(array)] = array
+        arrays = [getattr(batch, name).astype(dtype, copy=False) for name, (dtype, _) in INPUTS.items()]
+        if size is not None:
+            paddings = (padding for _, padding in INPUTS.values())
+            arrays = [_pad(array, size, padding) for array, padding in zip(arrays, paddings, strict=True)]
+        if len(batch.positions) > len(batch.context_lens):  # else its chunks, if any, are of one token
+            arrays.append(batch.all_bounds)
         sent = self._sent[: len(batch.block_tables)]
         cells = np.flatnonzero(sent != batch.block_tables)
         if len(cells) <= MOST_CELLS:
             changes = [cells, batch.block_tables.take(cells)]
-            *inputs, to, block_ids = upload([*padded, *changes], self._device, self._buffer)
+            *inputs, to, block_ids = upload([*arrays, *changes], self._device, self._buffer)
             self._tables.view(-1).index_copy_(0, to, block_ids)
         else:
-            inputs = upload(padded, self._device, self._buffer)
+            inputs = upload(arrays, self._device, self._buffer)
             upload([batch.block_tables], self._device, self._tables.view(-1).view(torch.uint8))
         sent[:] = batch.block_tables
-        return [*inputs, self._tables[:size]]
+        return [self._tables[: size or len(sent)], *inputs]
+
+
+def _pad(array: np.ndarray, size: int, padding: int) -> np.ndarray:
+    return np.concatenate([array, np.full(size - len(array), padding, array.dtype)])
 
 
 def take_samples(input_ids: torch.Tensor, sources: np.ndarray | None, last_tokens: torch.Tensor | None) -> None:
@@ -144,10 +161,13 @@ def take_samples(input_ids: torch.Tensor, sources: np.ndarray | None, last_token
 
 
 def _run(
-    model: Model, input_ids: torch.Tensor, positions: torch.Tensor, slot_mapping: torch.Tensor, *cache: torch.Tensor
-) -> torch.Tensor:
-    decode = Context(None, None, 1, 0, *cache)
-    with use_step(Step(decode, None, slot_mapping)):
+    model: Model, tables: torch.Tensor, input_ids: torch.Tensor, positions: torch.Tensor, slot_mapping: torch.Tensor,
+    context_lens: torch.Tensor, bounds: torch.Tensor | None = None
+) -> torch.Tensor:  # fmt: skip
+    """A step of single tokens; or with the bounds of all rows, a token or a chunk each."""
+    context = Context(bounds, context_lens=context_lens, block_tables=tables)
+    step = Step(context, None, slot_mapping) if bounds is None else Step(None, context, slot_mapping)
+    with use_step(step):
         return model(input_ids, positions)
 
 

@@ -83,7 +83,7 @@ class ModelRunner:
         if sizes:
             self.graphs = DecodeGraphs(self.model, sizes, max_blocks, self.device, self.tp.rank == 0)
         elif self._can_record():
-            self.graphs = RecordedSteps(self.model, config.max_decode_tokens, max_blocks)
+            self.graphs = RecordedSteps(self.model, config.max_decode_tokens + config.chunk_tokens, max_blocks)
         times.append(perf_counter())
         weights = {id(module.weight): module.weight for module in self.model.modules() if hasattr(module, "weight")}
         weight_bytes = sum(weight.nbytes for weight in weights.values())
@@ -132,20 +132,23 @@ class ModelRunner:
 
         There `score_given` is called with parts of `batch.prompt_logprob_rows` and their logits until all are done.
         """
-        if self.graphs is not None and batch.cu_seqlens_q is None and len(batch.positions) <= self.graphs.sizes[-1]:
-            return self._finish(batch, self.graphs.replay(batch, self.last_tokens))
+        rows, wanted = batch.logit_rows, batch.prompt_logprob_rows
+        has_none = rows is not None and not len(rows)  # chunks, and no prompt's last
+        if self.graphs is not None and wanted is None and self.graphs.takes(batch):
+            hidden_states = self.graphs.replay(batch, self.last_tokens)
+            if rows is not None:
+                hidden_states = hidden_states[torch.from_numpy(rows)]
+            return None if has_none else self._finish(batch, hidden_states)
         input_ids, positions, step = make_inputs(batch, self.device)
         take_samples(input_ids, batch.sources, self.last_tokens)
         mark("upload")
         with use_step(step):
             hidden_states = self.model(input_ids, positions)
-            if batch.prompt_logprob_rows is not None:
-                wanted = batch.prompt_logprob_rows
-                for rows in np.split(wanted, range(LOGPROB_ROWS, len(wanted), LOGPROB_ROWS)):
-                    logits = self.model.lm_head.project(hidden_states[upload([rows], self.device)[0]])
+            if wanted is not None:
+                for given in np.split(wanted, range(LOGPROB_ROWS, len(wanted), LOGPROB_ROWS)):
+                    logits = self.model.lm_head.project(hidden_states[upload([given], self.device)[0]])
                     if logits is not None:
-                        score_given(rows, logits)
-            has_none = batch.logit_rows is not None and not len(batch.logit_rows)  # chunks, and no prompt's last
+                        score_given(given, logits)
             return None if has_none else self._finish(batch, hidden_states)
 
     def _finish(self, batch: Batch, hidden_states: Tensor) -> Tensor | None:

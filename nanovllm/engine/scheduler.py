@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nanovllm.config import Config
 
 MOST_CERTAIN = 512  # tokens of a step that are not to be sampled, with those that are
-LONG_PROMPT = 8  # times `chunk_tokens`; shorter ones are computed whole beside what decodes
+LONG_PROMPT = 16  # times `chunk_tokens`; shorter ones are computed whole beside what decodes
 
 
 class Scheduler:
@@ -30,7 +30,7 @@ class Scheduler:
         drafter: Drafter | None = None
     ):  # fmt: skip
         self.block_manager = block_manager
-        self.chunk_tokens = chunk_tokens  # of prompts, that take about as long as a decode step of few sequences
+        self.chunk_tokens = chunk_tokens  # of a long prompt, in a step in which few sequences decode
         self.drafter = drafter
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -255,7 +255,7 @@ class Scheduler:
         is_filling = min(len(self.waiting), self.max_num_seqs - num_running) > num_running
         if not num_running or is_filling or len(seq) <= LONG_PROMPT * self.chunk_tokens:
             return num_left
-        return min(num_left, num_running + self.chunk_tokens)
+        return min(num_left, max(num_running, self.chunk_tokens))
 
     def _head(self) -> Sequence | None:
         """The first that waits. Those that were ended while they waited are only now taken off."""

@@ -139,11 +139,11 @@ def default_batched_tokens(device: torch.device) -> int:
 
 
 def default_chunk_tokens(device: torch.device) -> int:
-    """How many tokens of a prompt take about as long to compute as a decode step to read the weights, launches and all.
+    """How many tokens of a long prompt take less time to compute than a decode step to read the weights.
 
     A constant, and no measurement, so that a call computes the same each time.
     """
-    return 32 if device.type == "cpu" else 2048
+    return 16 if device.type == "cpu" else 1024
 
 
 def default_cache_bytes(device: torch.device, available: int) -> int:

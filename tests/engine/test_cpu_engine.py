@@ -7,7 +7,9 @@ import torch
 
 from helpers import DEMO_MODEL, random_prompts, save_model
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import cuda_graphs, model_runner
 from nanovllm.engine.cuda_graphs import RecordedSteps
+from nanovllm.engine.model_runner import make_inputs
 from nanovllm.kernels import cpu as cpu_kernels
 from nanovllm.kernels.cpu import Int4Weight, Int8Weight, PackedWeight
 from nanovllm.kernels.cpu.compiled import load_kernels
@@ -32,12 +34,51 @@ def greedy(path, **settings) -> tuple[list[list[int]], RecordedSteps | None]:
 
 @needs_kernels
 @pytest.mark.parametrize("pressure", [{}, {"num_kvcache_blocks": 14}, {"max_num_batched_tokens": 20}])
-def test_recorded_steps_give_the_tokens_of_eager_ones(tmp_path, pressure):
+@pytest.mark.parametrize("most_recordings", [1024, 4])
+def test_recorded_steps_give_the_tokens_of_eager_ones(tmp_path, pressure, most_recordings, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "MOST_RECORDINGS", most_recordings)
     save_model(tmp_path, dtype=torch.bfloat16, **SIZES)
     recorded, steps = greedy(tmp_path, **pressure)
     eager, no_steps = greedy(tmp_path, enforce_eager=True, **pressure)
     assert recorded == eager and no_steps is None
-    assert isinstance(steps, RecordedSteps) and len(steps._recordings) >= 4
+    assert isinstance(steps, RecordedSteps) and 4 <= len(steps._recordings) <= most_recordings
+    if most_recordings > 4:
+        assert any(num_tokens > num_rows for num_tokens, num_rows in steps._recordings)  # at least over cached prefixes
+
+
+@needs_kernels
+def test_a_step_with_a_chunk_of_a_long_prompt_is_recorded_once(tmp_path, monkeypatch):
+    save_model(tmp_path, dtype=torch.bfloat16, **SIZES)
+    num_eager = []
+    monkeypatch.setattr(model_runner, "make_inputs", lambda *args: num_eager.append(1) or make_inputs(*args))
+    with LLM(str(tmp_path), **SETTINGS | {"num_kvcache_blocks": 200}) as llm:
+        short, long = random_prompts([5, 450])
+        llm.add_request(short, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+        llm.step()
+        llm.add_request(long, SamplingParams(temperature=0, max_tokens=2))
+        for _ in range(27):
+            llm.step()
+        recordings = llm.model_runner.graphs._recordings
+        assert len(num_eager) == 1 and list(recordings) == [(17, 2)]
+
+
+@needs_kernels
+def test_a_chunk_of_one_token_shares_its_recording_with_decodes(tmp_path):
+    save_model(tmp_path, dtype=torch.bfloat16, **SIZES)
+    short, long = random_prompts([5, 40])
+    params = [SamplingParams(temperature=0, max_tokens=most, ignore_eos=True) for most in (70, 20)]
+    tokens = {}
+    for eager in (False, True):
+        with LLM(str(tmp_path), max_num_batched_tokens=6, enforce_eager=eager, **SETTINGS) as llm:
+            llm.add_request(short, params[0])
+            llm.step()
+            llm.scheduler.max_num_batched_tokens = 2
+            llm.add_request(long, params[1])
+            outputs = [output for _ in range(100) for output in llm.step()[0]]
+            tokens[eager] = [output["token_ids"] for output in outputs]
+            if not eager:
+                assert set(llm.model_runner.graphs._recordings) == {(1, 1), (2, 2)}
+    assert tokens[False] == tokens[True] and len(tokens[True]) == 2
 
 
 @needs_kernels
@@ -82,10 +123,10 @@ def test_recordings_take_the_memory_of_the_largest_and_give_it_back_with_the_eng
             llm.generate(random_prompts([5] * max_num_seqs), params, use_tqdm=False)
             steps = llm.model_runner.graphs
             assert len(steps._recordings) == max_num_seqs
-            sizes[max_num_seqs], memory = steps._memory.nbytes, weakref.ref(steps._memory)
+            sizes[max_num_seqs], memory = steps._memory.nbytes / steps._memory.max_rows, weakref.ref(steps._memory)
             del steps
         assert memory() is None
-    assert sizes[8] == 8 * sizes[1]
+    assert sizes[8] == sizes[1]
 
 
 @needs_kernels

@@ -494,22 +494,29 @@ def test_a_long_prompt_takes_small_parts_of_steps_in_which_others_decode(monkeyp
     engine = Engine(200, 4, 8, budget=30, chunk=3)
     engine.add([3] * 5, 50)
     engine.step()
-    prefills = run(engine, [[1] * 40], max_tokens=3)
-    assert prefills[0] == [(1, 4)]  # as many as run, and 3
-    assert all(num_tokens <= 4 for step in prefills for _, num_tokens in step)
+    assert run(engine, [[1] * 50], max_tokens=3) == [[(1, 3)]] * 16 + [[(1, 2)]]
+
+
+def test_it_takes_as_many_tokens_as_there_are_sequences_that_decode(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "next_token", lambda tokens: 5)
+    engine = Engine(200, 4, 8, budget=30, chunk=3)
+    for i in range(5):
+        engine.add([3 + i] * 5, 50)
+    engine.step()
+    assert run(engine, [[1] * 50], max_tokens=3) == [[(5, 5)]] * 10
 
 
 def test_long_prompts_fill_whole_steps_until_half_the_batch_decodes(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "next_token", lambda tokens: 5)
-    prefills = run(Engine(200, 4, 8, budget=30, chunk=1), [[i] * 12 for i in range(1, 9)], max_tokens=30)
-    assert [sum(n for _, n in step) for step in prefills[:2]] == [30, 28]  # beside none, and two
-    assert prefills[2] == [(4, 2), (5, 5)]  # as many as ran, and one
+    prefills = run(Engine(400, 4, 8, budget=50, chunk=1), [[i] * 20 for i in range(1, 9)], max_tokens=60)
+    assert [sum(n for _, n in step) for step in prefills[:2]] == [50, 48]  # beside none, and two
+    assert prefills[2] == [(4, 2), (5, 4)]  # as many as ran
     assert all(n <= 7 for step in prefills[3:] for _, n in step)
 
 
 def test_short_prompts_are_computed_whole_beside_what_decodes(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "next_token", lambda tokens: 5)
-    engine = Engine(200, 4, 8, budget=30, chunk=2)
+    engine = Engine(200, 4, 8, budget=60, chunk=2)
     engine.add([3] * 5, 50)
     engine.step()
-    assert run(engine, [[1] * 16, [2] * 17], max_tokens=3) == [[(1, 16), (2, 3)], *[[(2, n)] for n in (4, 4, 3, 3)]]
+    assert run(engine, [[1] * 32, [2] * 33], max_tokens=3) == [[(1, 32), (2, 2)], *[[(2, 2)]] * 15, [(2, 1)]]
