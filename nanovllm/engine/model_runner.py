@@ -5,6 +5,7 @@ Legend: S sequences.
 
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -33,11 +34,21 @@ from nanovllm.layers.weight import Weight, check_batch_invariance
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import reading
 from nanovllm.utils.context import Context, Step, use_step
-from nanovllm.utils.device import GIB, available_memory, default_cache_bytes, default_threads, download, upload
+from nanovllm.utils.device import (
+    CPU_CACHE_BYTES,
+    GIB,
+    available_memory,
+    default_cache_bytes,
+    default_threads,
+    download,
+    is_number_of_threads_chosen,
+    upload,
+)
 from nanovllm.utils.loader import load_dummy, load_model
 from nanovllm.utils.openmp import stop_spinning
 from nanovllm.utils.parallel import TensorParallel
 from nanovllm.utils.timeline import mark
+from nanovllm.utils.topology import allowed_cpus, cpus_near, on_cpus
 
 LOGPROB_ROWS = 128  # of given tokens at a time, whose logits over the vocabulary are in memory together
 GRAPH_BYTES = 16 * 2**20  # reserved for each CUDA graph, an estimate
@@ -60,12 +71,15 @@ class ModelRunner:
     def __init__(self, config: Config, tp: TensorParallel | None = None):
         self.config = config
         self.device = config.device
-        self.num_threads = default_threads()
-        stop_spinning(self.num_threads)
         self.tp = tp or TensorParallel()
+        self.cpus = self._choose_cpus()
+        with on_cpus(self.cpus):
+            self.num_threads = default_threads()
+        stop_spinning(self.num_threads)
         self.sample_with_options = OptionsSampler()
         times = [perf_counter()]
-        self.model = self._build_model()
+        with on_cpus(self.cpus):  # memory is near to whoever writes to it first
+            self.model = self._build_model()
         times.append(perf_counter())
         self.attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
         layer, wanted = self.attentions[0], config.kvcache_block_size
@@ -93,7 +107,9 @@ class ModelRunner:
         logger.info("start-up: " + ", ".join(f"{part} {n / GIB:.2f} GiB in {s:.1f} s" for part, n, s in parts))
 
     def enter_thread(self) -> None:
-        """Prepares the thread that will run the steps: PyTorch's settings are each thread's own."""
+        """Prepares the thread that will run the steps: PyTorch's settings are each thread's own, and so are CPUs."""
+        if self.cpus:
+            os.sched_setaffinity(0, self.cpus)
         torch.set_num_threads(self.num_threads)
         if cpu_kernels.has_kernels(torch.empty(0, dtype=self.config.dtype, device=self.device)):
             cpu_kernels.set_num_threads(self.num_threads)
@@ -174,6 +190,19 @@ class ModelRunner:
 
     def _check_ranks(self) -> None:
         """Raises if another rank has failed."""
+
+    def _choose_cpus(self) -> set[int]:
+        """Those that are near the memory that the model takes, if this is all that runs here; none are all."""
+        if self.device.type != "cpu" or self.tp.size > 1 or is_number_of_threads_chosen():
+            return set()
+        weight_bytes = sum(file.stat().st_size for file in self.config.model_path.glob("*.safetensors"))
+        cpus = cpus_near(weight_bytes + CPU_CACHE_BYTES)
+        if cpus:
+            logger.info(
+                f"runs on {len(cpus)} of {len(allowed_cpus())} CPUs, those of the NUMA nodes that hold the model: "
+                "data_parallel_size has more replicas of it use the others"
+            )
+        return cpus
 
     def _build_model(self) -> torch.nn.Module:
         config = self.config

@@ -14,7 +14,7 @@ from nanovllm.config import Config
 from nanovllm.engine import replica
 from nanovllm.engine.replica import Orders, Ready
 from nanovllm.engine.workers import EXIT_SECONDS, MAIN_GUARD
-from nanovllm.utils.device import share_of_cpus
+from nanovllm.utils.topology import on_cpus, share_of_cpus
 
 STARTING = threading.Lock()  # environment variables are one for all threads
 
@@ -98,12 +98,6 @@ def _inheriting_devices(index: int, num_replicas: int, config: Config) -> Iterat
         finally:
             del os.environ[name]
             os.environ |= {} if before is None else {name: before}
-    elif cpus := share_of_cpus(index, num_replicas):
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cpus)  # of this thread
-        try:
-            yield
-        finally:
-            os.sched_setaffinity(0, before)
     else:
-        yield
+        with on_cpus(share_of_cpus(index, num_replicas)):
+            yield

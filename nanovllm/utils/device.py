@@ -18,6 +18,7 @@ import torch
 
 from nanovllm.utils import cgroup
 from nanovllm.utils.checks import require
+from nanovllm.utils.topology import allowed_cpus, num_cores
 
 GIB = 2**30
 CPU_CACHE_BYTES = 4 * GIB
@@ -98,6 +99,10 @@ def available_memory(device: torch.device, gpu_memory_utilization: float) -> int
     return int(free - (1 - gpu_memory_utilization) * total)
 
 
+def is_number_of_threads_chosen() -> bool:
+    return "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != TORCH_THREADS
+
+
 def default_threads(num_processes: int = 1) -> int:
     """What each of `num_processes` that work at the same time gets of PyTorch's threads, if their number was chosen.
 
@@ -107,30 +112,10 @@ def default_threads(num_processes: int = 1) -> int:
     threads = torch.get_num_threads()
     if "OMP_NUM_THREADS" in os.environ:
         return threads
-    if threads == TORCH_THREADS:
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads
-        cores = psutil.cpu_count(logical=False) or threads
-        threads = math.ceil(min(threads, allowed, cores, cgroup.cpu_limit()))
+    if not is_number_of_threads_chosen():
+        cores = num_cores(allowed_cpus()) or psutil.cpu_count(logical=False) or threads
+        threads = math.ceil(min(threads, cores, cgroup.cpu_limit()))
     return max(1, threads // num_processes)
-
-
-def share_of_cpus(index: int, size: int) -> set[int]:
-    """Of the CPUs that this thread may use, those for one of `size` processes; none if there are too few.
-
-    Neighbours in the order of sockets and cores: hyperthreads of a core, which have one cache, go to one process.
-    """
-    allowed = sorted(os.sched_getaffinity(0), key=_place) if hasattr(os, "sched_getaffinity") else []
-    return set(allowed[index * len(allowed) // size : (index + 1) * len(allowed) // size])
-
-
-def _place(cpu: int) -> tuple[int, int, int]:
-    """The numbers of a CPU's socket, core and itself; of an unknown machine all are in one."""
-    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-    try:
-        socket, core = (int((topology / name).read_text()) for name in ("physical_package_id", "core_id"))
-    except (OSError, ValueError):
-        socket = core = 0
-    return socket, core, cpu
 
 
 def default_batched_tokens(device: torch.device) -> int:

@@ -19,7 +19,6 @@ from helpers import DEMO_MODEL, ROOT, default_interrupts, make_config, random_pr
 from nanovllm import LLM, BeamSearchParams, GenerationError, SamplingParams
 from nanovllm.config import check_parallel_size
 from nanovllm.engine import replica_process
-from nanovllm.utils import device
 
 SETTINGS = {"dtype": "float32", "device": "cpu", "kvcache_block_size": 8, "num_kvcache_blocks": 400}
 PATIENCE = 60
@@ -464,12 +463,3 @@ def test_too_few_gpus_are_an_error(monkeypatch):
     check_parallel_size(1, 3, make_config(), torch.device("cuda"))
     with pytest.raises(ValueError, match="data_parallel_size=2 needs 4 GPUs; this machine has 3"):
         check_parallel_size(2, 2, make_config(), torch.device("cuda"))
-
-
-def test_cpus_are_shared_by_whole_cores(monkeypatch):
-    """Of two sockets with four cores of two threads each, as Linux numbers them, one is not allowed."""
-    monkeypatch.setattr(device, "_place", lambda cpu: (cpu % 8 // 4, cpu % 4, cpu))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(15)), raising=False)
-    shares = [device.share_of_cpus(i, 4) for i in range(4)]
-    assert shares == [{0, 8, 1}, {9, 2, 10, 3}, {11, 4, 12, 5}, {13, 6, 14, 7}]
-    assert [device.share_of_cpus(i, 20) for i in (0, 19)] == [set(), {7}]

@@ -1,13 +1,12 @@
 """What the machine, a container or the user leaves to an engine."""
 
-import os
 import platform
 
 import numpy as np
 import pytest
 import torch
 
-from nanovllm.utils import cgroup, device
+from nanovllm.utils import cgroup, device, topology
 
 
 @pytest.fixture
@@ -18,7 +17,8 @@ def set_machine(monkeypatch):
 
     def set_machine(cores=64, allowed=128, limit=float("inf"), threads=64):
         monkeypatch.setattr(device.psutil, "cpu_count", lambda logical: cores)
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(allowed), raising=False)
+        monkeypatch.setattr(device, "allowed_cpus", lambda: set(range(allowed)))
+        monkeypatch.setattr(topology, "_place", lambda cpu: (0, 0, cpu % 64, cpu))
         monkeypatch.setattr(cgroup, "cpu_limit", lambda: limit)
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
 
@@ -32,8 +32,8 @@ def test_there_are_no_more_threads_than_can_run_at_once(set_machine):
         ({"limit": 2.5}, 3),
         ({"limit": 0.1}, 1),
         ({"allowed": 6}, 6),
-        ({"cores": 32}, 32),
-        ({"cores": None, "limit": 7.0}, 7),
+        ({"allowed": 0, "cores": 32}, 32),  # not on Linux
+        ({"allowed": 0, "cores": None, "limit": 7.0}, 7),
     ):
         set_machine(**machine)
         assert device.default_threads() == expected
