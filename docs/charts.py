@@ -76,6 +76,28 @@ def bars(parts: dict[str, dict[str, float]], what: str) -> str:
     return picture(max(LEFT + WIDTH + 60, x), y + 24, shapes, INK)
 
 
+def panels(table: dict[str, dict[str, float]], what: dict[str, list[str]]) -> str:
+    """A row for each of the table's, and for each title of `what` a panel with a bar for each of its columns."""
+    x, row, bottom = 130, 46, TOP + 46 * len(table)
+    shapes = [text(x - 10, TOP + i * row + 28, name, "end") for i, name in enumerate(table)]
+    colors = dict(zip((column for names in what.values() for column in names), COLORS, strict=False))
+    for title, names in what.items():
+        width, height = 120 * len(names), 32 / len(names)
+        scale = width / max(values[column] for values in table.values() for column in names if column in values)
+        shapes += [text(x, 16, title), line([(x, TOP), (x, bottom)], INK, width=1)]
+        for i, values in enumerate(table.values()):
+            shown = [column for column in names if column in values]
+            for j, column in enumerate(shown):
+                y, length = TOP + i * row + 24 + (j - len(shown) / 2) * height, values[column] * scale
+                shapes.append(rect(x, y, length, height - 2, colors[column]))
+                shapes.append(text(x + length + 6, y + height / 2 + 4, str(values[column])))
+        for k, column in enumerate(names if len(names) > 1 else ()):
+            shapes.append(rect(x + 100 * k, bottom + 12, 12, 12, colors[column]))
+            shapes.append(text(x + 100 * k + 16, bottom + 23, column))
+        x += width + 70
+    return picture(x, bottom + 32, shapes, INK)
+
+
 def number_line(tokens: list[tuple[str, float]], uniforms: list[float], temperatures: list[float]) -> str:
     """For each temperature the tokens' probabilities side by side from 0 to 1, and where the random numbers fall."""
     shapes, rows = [], len(temperatures)

@@ -1,7 +1,8 @@
-"""Draws the figures of the tour from runs of the demo model: `python docs/figures.py`.
+"""Draws the figures of the pages here, those of the tour from runs of the demo model: `python docs/figures.py`.
 
 What the scheduler decides is the same on every machine and is run each time. What depends on the machine was measured
-once and is drawn from `figures/measured.json`, which `--measure` writes anew.
+once and is drawn from `figures/measured.json`, which `--measure` writes anew. Other engines were measured by the
+commands of performance.md; their figures are in `figures/comparison.json`.
 """
 
 import argparse
@@ -10,13 +11,18 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from charts import FLOOR_COLOR, INK, bars, exchange, number_line, plot, rect
+from charts import FLOOR_COLOR, INK, bars, exchange, number_line, panels, plot, rect
 from nanovllm import LLM, SamplingParams
 from nanovllm.utils.timeline_svg import COLORS, picture, text
 
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "assets" / "nano-qwen3")
 FIGURES = ROOT / "docs" / "figures"
+COMPARED = {  # titles, and the columns of comparison.json below them
+    "output tokens per second": ["bfloat16", "int8"],
+    "seconds to start": ["start-up"],
+    "GB of memory at most": ["memory"],
+}
 BLOCK_SIZE = 4  # tokens
 LEFT, TOP, CELL, GAP = 90, 40, 16, 2  # pixels; a cell is one block, or one request, in one step
 
@@ -217,6 +223,7 @@ def main() -> None:
 
         file.write_text(json.dumps(measure(MODEL), indent=1) + "\n", encoding="utf-8")
     figures = scheduled_figures() | measured_figures(json.loads(file.read_text(encoding="utf-8")))
+    figures["comparison"] = panels(json.loads((FIGURES / "comparison.json").read_text(encoding="utf-8")), COMPARED)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, svg in figures.items():
         (args.out / f"{name}.svg").write_text(svg, encoding="utf-8", newline="\n")

@@ -60,4 +60,4 @@ def test_figures_are_what_the_script_draws(tmp_path: Path):
     subprocess.run(command, check=True, env=os.environ | environment)
     drawn = {file.name: file.read_bytes() for file in tmp_path.glob("*.svg")}
     assert drawn == {file.name: file.read_bytes() for file in (DOCS / "figures").glob("*.svg")}
-    assert len(drawn) == 10 and all(len(svg) < 30_000 for svg in drawn.values())
+    assert len(drawn) == 11 and all(len(svg) < 30_000 for svg in drawn.values())

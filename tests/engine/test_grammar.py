@@ -261,9 +261,9 @@ def test_a_property_cannot_come_again_in_another_spelling(llm):
     assert not grammar.accepts('{"\\u0061":"x"}')
 
 
-def test_the_readmes_example_extracts_records(llm):
-    readme = (ROOT / "README.md").read_text()
-    code = readme.partition("### Structured outputs")[2].partition("```python\n")[2].partition("```")[0]
+def test_the_example_in_the_docs_extracts_records(llm):
+    page = (ROOT / "docs" / "using.md").read_text()
+    code = page.partition("## Structured outputs")[2].partition("```python\n")[2].partition("```")[0]
     assert "records = [" in code
     names = {"llm": llm}
     exec(code, names)

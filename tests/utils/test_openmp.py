@@ -1,4 +1,4 @@
-"""Idle threads of OpenMP sleep. What that is worth can only be measured: beside a busy process, see the README."""
+"""Idle threads of OpenMP sleep. What that is worth can only be measured: see docs/internals.md."""
 
 import os
 import subprocess
