@@ -1,4 +1,4 @@
-"""nanovllm: offline LLM inference that one person can read in an afternoon."""
+"""nanovllm: offline LLM inference that one person can read, and trust with real work."""
 
 from nanovllm.engine.beam_search import BeamSearchParams
 from nanovllm.llm import LLM
