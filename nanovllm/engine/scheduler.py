@@ -104,17 +104,17 @@ class Scheduler:
         What a later step did ahead for a sequence that turns out to have ended is dropped.
         """
         block_size, any_finished, num_output_tokens = self.block_manager.block_size, False, 0
+        finished = SequenceStatus.FINISHED  # looked up once
         for seq, end, token_ids in zip(seqs, ends, sampled, strict=True):
-            if seq.status is SequenceStatus.FINISHED:
+            if seq.status is finished:
                 continue
             if seq.draft_ids:
                 token_ids = self._settle(seq, token_ids)
                 end = seq.num_computed_tokens
-            num_new = seq.num_scheduled_tokens
-            is_complete = end >= len(seq.token_ids)
+            known, num_new = seq.token_ids, seq.num_scheduled_tokens
+            is_complete = end >= len(known)
             if is_complete and seq.error is None and end < seq.max_len:  # else it was only to be scored
-                for token_id in token_ids:
-                    seq.token_ids.append(token_id)
+                known.fromlist(token_ids)
                 num_output_tokens += len(token_ids)
             if end % block_size < num_new:
                 self.block_manager.publish(seq, end - num_new, end)
@@ -362,6 +362,8 @@ class Scheduler:
     def _finish_if_complete(self, seq: Sequence) -> bool:
         """Ends `seq` if it has failed, or its newest token ends it."""
         token_id, num_tokens, guide = seq.token_ids[-1], len(seq.token_ids), seq.guide
+        if num_tokens < seq.max_len and token_id not in seq.end_token_ids and guide is seq.error is None:
+            return False  # the usual case, first
         is_ended = token_id in seq.end_token_ids and num_tokens > seq.num_prompt_tokens
         if guide is not None and num_tokens > seq.num_prompt_tokens and seq.error is None:
             guide.follow()
