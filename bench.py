@@ -3,7 +3,7 @@
     python bench.py                                  # the shape of Qwen3-0.6B, random weights, nothing to download
     python bench.py --model Qwen/Qwen3-0.6B          # real weights: a directory or an id of the hub
     python bench.py --model DIR --load-format dummy  # random weights in the shape that DIR/config.json describes
-    python bench.py --engine transformers            # the same workload through another engine (vllm, openvino)
+    python bench.py --engine transformers            # the same workload through another: vllm, openvino, llama_cpp
     python bench.py --save-checkpoint DIR            # writes the default model with random weights, for --model DIR
     python bench.py --shared-prefix-len 512          # what the prefix cache saves
     python bench.py --control-plane                  # what scheduling costs; needs no model

@@ -2,6 +2,7 @@
 
 import importlib.util
 from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.workload import Figures, Generate, Workload
 from nanovllm.config import Config
+from nanovllm.utils.device import default_threads
 
 
 def open_transformers(args: Namespace, config: Config) -> Generate:
@@ -87,8 +89,27 @@ def open_openvino(args: Namespace, config: Config) -> Generate:
     return generate
 
 
-OTHER_ENGINES = {"transformers": open_transformers, "vllm": open_vllm, "openvino": open_openvino}
-PACKAGES = {"vllm": "vllm", "openvino": "openvino_genai"}  # not among nanovllm's requirements
+def open_llama_cpp(args: Namespace, config: Config) -> Generate:
+    """Prompts one after the other, each with all cores: llama-cpp-python's `Llama` holds a single sequence."""
+    import llama_cpp
+
+    threads = default_threads()
+    options = {"n_ctx": config.max_model_len, "n_threads": threads, "n_threads_batch": threads, "seed": args.seed}
+    llm = llama_cpp.Llama(args.model, verbose=False, **options | args.engine_args)
+    common = {"temp": args.temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+    def generate(workload: Workload) -> Figures:
+        requests = zip(workload.prompts, workload.output_lens, strict=True)
+        made = [len([*islice(llm.generate(prompt, **common), n)]) for prompt, n in requests]  # no token ends it
+        return {"output_tokens": sum(made)}
+
+    return generate
+
+
+OTHER_ENGINES = {
+    "transformers": open_transformers, "vllm": open_vllm, "openvino": open_openvino, "llama_cpp": open_llama_cpp,
+}  # fmt: skip
+PACKAGES = {"vllm": "vllm", "openvino": "openvino_genai", "llama_cpp": "llama_cpp"}  # nanovllm does not require them
 
 
 def check_engine(args: Namespace) -> None:
@@ -98,5 +119,7 @@ def check_engine(args: Namespace) -> None:
         raise ValueError(f"--engine {args.engine} needs the package {package}, which is not installed")
     if args.engine == "openvino" and not (args.model and Path(args.model, "openvino_model.xml").is_file()):
         raise ValueError("--engine openvino needs a --model that `optimum-cli export openvino` made")
+    if args.engine == "llama_cpp" and not (args.model and Path(args.model).is_file()):
+        raise ValueError("--engine llama_cpp needs a --model FILE.gguf, with the model's config.json beside it")
     if args.engine_args and args.engine not in PACKAGES:
-        raise ValueError(f"--engine-args are for {' and '.join(PACKAGES)}, not for {args.engine}")
+        raise ValueError(f"--engine-args are for {', '.join(PACKAGES)}, not for {args.engine}")

@@ -55,11 +55,13 @@ def make_parser(description: str) -> ArgumentParser:
 
 def add_engine_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
-    group.add_argument("--engine", choices=("nanovllm", *OTHER_ENGINES), default="nanovllm", help="(%(default)s)")
-    group.add_argument("--model", metavar="M", help="a directory or an id of the hub (the shape of Qwen3-0.6B)")
+    text = "llama_cpp takes prompts one after the other (%(default)s)"
+    group.add_argument("--engine", choices=("nanovllm", *OTHER_ENGINES), default="nanovllm", help=text)
+    text = "a directory or an id of the hub, for llama_cpp a GGUF file (the shape of Qwen3-0.6B)"
+    group.add_argument("--model", metavar="M", help=text)
     group.add_argument("--load-format", choices=("auto", "dummy"), help="dummy: random weights (auto with --model)")
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
-    text = "a JSON object of the engine's own settings: arguments of vllm.LLM, properties of OpenVINO"
+    text = "a JSON object of the engine's own settings, such as arguments of vllm.LLM or properties of OpenVINO"
     group.add_argument("--engine-args", type=json.loads, metavar="JSON", default={}, help=text)
     defaults = {field.name: field.default for field in fields(Config)}
     for name, text in ENGINE_OPTIONS.items():
@@ -121,7 +123,8 @@ def make_config(args: Namespace, model: str) -> Config:
     Raises:
         TypeError, ValueError: See `Config`; also when the workload's sequences are too long for them.
     """
-    config = Config(model, **engine_options(args))
+    directory = Path(model).parent if args.engine == "llama_cpp" else model
+    config = Config(directory, **engine_options(args))
     longest = args.max_input_len + args.max_output_len
     if args.shared_prefix_len:
         longest = args.shared_prefix_len + SUFFIX_LEN + 1

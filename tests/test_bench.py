@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -163,6 +164,36 @@ def test_openvino_is_given_the_workload_and_the_settings(tmp_path, monkeypatch, 
     assert made["properties"] == {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "f32"}
 
 
+def test_llama_cpp_is_given_one_prompt_after_the_other(tmp_path, monkeypatch, capsys):
+    """With a stand-in whose generator, like theirs, goes on for ever."""
+    made = {"prompts": []}
+
+    class Llama:
+        def __init__(self, path, **options):
+            made.update(path=path, options=options)
+
+        def generate(self, prompt, temp, top_k, top_p, min_p):
+            made["prompts"].append(prompt)
+            assert (temp, top_k, top_p, min_p) == (0.6, 0, 1.0, 0.0)
+            yield from count()
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(__spec__=object(), Llama=Llama))
+    monkeypatch.setattr(machine, "measure_flop_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr(machine, "measure_bandwidth", lambda device: 1e10)
+    make_config(architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
+    model = tmp_path / "model.gguf"
+    argv = ["--engine", "llama_cpp", "--model", str(model), *TINY, "--device", "cpu", "--engine-args", '{"n_batch": 8}']
+    with pytest.raises(SystemExit):
+        bench.main(argv)
+    assert "a --model FILE.gguf" in capsys.readouterr().err
+    model.touch()
+    figures = figures_of(capsys, *argv)
+    workload = make_workload(lengths_of(Namespace(**figures)), vocab_size=307)
+    assert made["prompts"][1:] == workload.prompts and figures["output_tokens"] == workload.output_tokens
+    threads = {"n_threads": figures["threads"], "n_threads_batch": figures["threads"]}
+    assert made["path"] == str(model) and made["options"].items() >= (threads | {"n_ctx": 128, "n_batch": 8}).items()
+
+
 def test_saved_checkpoint_runs(tmp_path, monkeypatch, capsys):
     tiny = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 307, "head_dim": 16}
     monkeypatch.setattr(checkpoint, "QWEN3_0_6B", checkpoint.QWEN3_0_6B | tiny | {"bos_token_id": 1, "eos_token_id": 2})
@@ -227,6 +258,7 @@ def test_control_plane_needs_no_model(capsys):
         (["--load-format", "auto"], "--model"),
         (["--engine", "vllm"], "not installed"),
         (["--engine", "openvino"], "openvino_genai, which is not installed"),
+        (["--engine", "llama_cpp"], "llama_cpp, which is not installed"),
         (["--engine-args", "{'a': 1}"], "--engine-args"),
         (["--engine-args", '{"a": 1}'], "not for nanovllm"),
     ],
