@@ -57,59 +57,6 @@ from nanovllm.utils.device import default_threads
 from nanovllm.utils.timeline import record
 from nanovllm.utils.timeline_svg import draw
 
-REPORT = [  # a line of which a figure is unknown is left out
-    ("engine", "{engine}, {dtype}, {device}, {threads} threads"),
-    ("model", "{model}, load format {load_format}"),
-    ("workload", "{num_seqs} prompts, inputs {min_input_len}-{max_input_len}, outputs {min_output_len}-"
-                 "{max_output_len}, seed {seed}, temperature {temperature}"),
-    ("prompt tokens", "{prompt_tokens:11,d}"),
-    ("output tokens", "{output_tokens:11,d}"),
-    ("start-up", "{startup_seconds:11,.2f} s  ({python_seconds:.2f} s since Python started)"),
-    ("time", "{seconds:11,.2f} s"),
-    ("output", "{output_tokens_per_s:11,.1f} tok/s"),
-    ("total", "{total_tokens_per_s:11,.1f} tok/s"),
-    ("prefill", "{prefill_tokens_per_s:11,.1f} tok/s  ({prefill_seconds:.2f} s, floor {prefill_floor_seconds:.2f} s)"),
-    ("decode", "{decode_tokens_per_s:11,.1f} tok/s  ({decode_seconds:.2f} s, floor {decode_floor_seconds:.2f} s)"),
-    ("peak memory", "{peak_gbytes:11,.2f} GB"),
-    ("matrix product", "{gflops:11,.1f} GFLOP/s"),
-    ("memory", "{gbytes_per_s:11,.1f} GB/s"),
-    ("floor", "{floor_seconds:11,.2f} s"),
-    ("of the floor", "{percent_of_floor:11,.1f} %"),
-]  # fmt: skip
-
-
-def throughput(args: Namespace, config: Config) -> Figures:
-    """An engine's rates on the workload, and the floor."""
-    lengths = lengths_of(args)
-    workload = make_workload(lengths, args.seed, config.hf_config.vocab_size)
-    rates_before = measure_rates(config)  # and once more afterwards: other machines on the same host come and go
-    figures = lengths._asdict() | {"prompt_tokens": workload.prompt_tokens} | generate_once(args, config, workload)
-    gc.collect()  # the engine's memory goes before the machine is measured
-    flop_rate, bandwidth = map(max, rates_before, measure_rates(config))
-    cost = ModelCost(config.hf_config, config.dtype.itemsize, weight_bits(config))
-    prefill, decode = floor_seconds(workload, cost, flop_rate, bandwidth, config.max_num_seqs)
-    seconds, num_tokens = figures["seconds"], workload.prompt_tokens + workload.output_tokens
-    figures |= {"output_tokens_per_s": workload.output_tokens / seconds, "total_tokens_per_s": num_tokens / seconds}
-    figures |= {"gflops": flop_rate / 1e9, "gbytes_per_s": bandwidth / 1e9, "floor_seconds": prefill + decode}
-    figures |= {"prefill_floor_seconds": prefill, "decode_floor_seconds": decode}
-    return figures | {"percent_of_floor": 100 * (prefill + decode) / seconds}
-
-
-def generate_once(args: Namespace, config: Config, workload: Workload) -> Figures:
-    """Opens the engine and gives it the workload: seconds, and memory."""
-    start = perf_counter()
-    generate = open_engine(args, config)
-    generate(Workload([[1] * 16], [4]))
-    startup_seconds, python_seconds = perf_counter() - start, time() - psutil.Process().create_time()
-    with record(config.device) if args.timeline else nullcontext() as timeline:
-        figures = timed(generate, workload)
-    if timeline:
-        is_picture = args.timeline.suffix == ".svg"
-        args.timeline.write_text(draw(timeline.rows()) if is_picture else json.dumps(timeline.trace()))
-    if args.engine != "vllm" or config.device.type == "cpu":  # its own process has allocated what is on CUDA
-        figures["peak_gbytes"] = peak_memory(config.device) / 1e9
-    return figures | {"startup_seconds": startup_seconds, "python_seconds": python_seconds}
-
 
 def open_engine(args: Namespace, config: Config) -> Generate:
     return OTHER_ENGINES.get(args.engine, open_nanovllm)(args, config)
@@ -173,11 +120,72 @@ def first_decode_steps(output_lens: list[int], max_num_seqs: int) -> np.ndarray:
     return np.array(starts)
 
 
+def throughput(args: Namespace, config: Config) -> Figures:
+    """An engine's rates on the workload, and the floor."""
+    lengths = lengths_of(args)
+    workload = make_workload(lengths, args.seed, config.hf_config.vocab_size)
+    rates_before = measure_rates(config)  # and once more afterwards: other machines on the same host come and go
+    figures = lengths._asdict() | {"prompt_tokens": workload.prompt_tokens} | generate_once(args, config, workload)
+    gc.collect()  # the engine's memory goes before the machine is measured
+    flop_rate, bandwidth = map(max, rates_before, measure_rates(config))
+    cost = ModelCost(config.hf_config, config.dtype.itemsize, weight_bits(config))
+    prefill, decode = floor_seconds(workload, cost, flop_rate, bandwidth, config.max_num_seqs)
+    seconds, num_tokens = figures["seconds"], workload.prompt_tokens + workload.output_tokens
+    figures |= {"output_tokens_per_s": workload.output_tokens / seconds, "total_tokens_per_s": num_tokens / seconds}
+    figures |= {"gflops": flop_rate / 1e9, "gbytes_per_s": bandwidth / 1e9, "floor_seconds": prefill + decode}
+    figures |= {"prefill_floor_seconds": prefill, "decode_floor_seconds": decode}
+    return figures | {"percent_of_floor": 100 * (prefill + decode) / seconds}
+
+
+def generate_once(args: Namespace, config: Config, workload: Workload) -> Figures:
+    """Opens the engine and gives it the workload: seconds, and memory."""
+    start = perf_counter()
+    generate = open_engine(args, config)
+    generate(Workload([[1] * 16], [4]))
+    startup_seconds, python_seconds = perf_counter() - start, time() - psutil.Process().create_time()
+    with record(config.device) if args.timeline else nullcontext() as timeline:
+        figures = timed(generate, workload)
+    if timeline:
+        is_picture = args.timeline.suffix == ".svg"
+        args.timeline.write_text(draw(timeline.rows()) if is_picture else json.dumps(timeline.trace()))
+    if args.engine != "vllm" or config.device.type == "cpu":  # its own process has allocated what is on CUDA
+        figures["peak_gbytes"] = peak_memory(config.device) / 1e9
+    return figures | {"startup_seconds": startup_seconds, "python_seconds": python_seconds}
+
+
 def describe(args: Namespace, config: Config) -> Figures:
     device = torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else "cpu"
     figures = {"engine": args.engine, "model": args.model or "the shape of Qwen3-0.6B"} | engine_options(args)
     dtype = str(config.dtype).removeprefix("torch.")
     return figures | {"dtype": dtype, "device": device, "threads": default_threads(), "temperature": args.temperature}
+
+
+REPORT = [  # a line of which a figure is unknown is left out
+    ("engine", "{engine}, {dtype}, {device}, {threads} threads"),
+    ("model", "{model}, load format {load_format}"),
+    ("workload", "{num_seqs} prompts, inputs {min_input_len}-{max_input_len}, outputs {min_output_len}-"
+                 "{max_output_len}, seed {seed}, temperature {temperature}"),
+    ("prompt tokens", "{prompt_tokens:11,d}"),
+    ("output tokens", "{output_tokens:11,d}"),
+    ("start-up", "{startup_seconds:11,.2f} s  ({python_seconds:.2f} s since Python started)"),
+    ("time", "{seconds:11,.2f} s"),
+    ("output", "{output_tokens_per_s:11,.1f} tok/s"),
+    ("total", "{total_tokens_per_s:11,.1f} tok/s"),
+    ("prefill", "{prefill_tokens_per_s:11,.1f} tok/s  ({prefill_seconds:.2f} s, floor {prefill_floor_seconds:.2f} s)"),
+    ("decode", "{decode_tokens_per_s:11,.1f} tok/s  ({decode_seconds:.2f} s, floor {decode_floor_seconds:.2f} s)"),
+    ("peak memory", "{peak_gbytes:11,.2f} GB"),
+    ("matrix product", "{gflops:11,.1f} GFLOP/s"),
+    ("memory", "{gbytes_per_s:11,.1f} GB/s"),
+    ("floor", "{floor_seconds:11,.2f} s"),
+    ("of the floor", "{percent_of_floor:11,.1f} %"),
+]  # fmt: skip
+
+
+def show(figures: Figures, report: Report) -> None:
+    width = max(16, *(len(label) + 2 for label, _ in report))
+    for label, template in report:
+        if all(name in figures for _, name, _, _ in string.Formatter().parse(template) if name):
+            print(f"{label:<{width}}{template.format(**figures)}")
 
 
 def measure(args: Namespace, config: Config | None) -> tuple[Figures, Report]:
@@ -193,13 +201,6 @@ def measure(args: Namespace, config: Config | None) -> tuple[Figures, Report]:
     if args.parts:
         return parts.measure(args, config), parts.REPORT
     return throughput(args, config), REPORT
-
-
-def show(figures: Figures, report: Report) -> None:
-    width = max(16, *(len(label) + 2 for label, _ in report))
-    for label, template in report:
-        if all(name in figures for _, name, _, _ in string.Formatter().parse(template) if name):
-            print(f"{label:<{width}}{template.format(**figures)}")
 
 
 def main(argv: list[str] | None = None) -> None:
