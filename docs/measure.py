@@ -29,6 +29,7 @@ from nanovllm.utils.timeline import record
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import bench
+from benchmarks.machine import measure_bandwidth, measure_flop_rate
 
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
 REPEATS = 5  # of what takes milliseconds: the quickest counts, since others use the machine
@@ -120,7 +121,7 @@ def attention() -> dict[str, list]:
         seconds = quickest(partial(backend.decode, q, *caches, context), 20)
         measured.append([n, rounded(1e3 * seconds)])
         floor.append([n, 2 * caches[0].nbytes])
-        bandwidth = max(bandwidth, bench.measure_bandwidth(CPU))  # others use the machine, now more, now less
+        bandwidth = max(bandwidth, measure_bandwidth(CPU))  # others use the machine, now more, now less
     floor = [[n, rounded(1e3 * num_bytes / bandwidth)] for n, num_bytes in floor]
     return {"C++ kernel": measured, "floor: reading K and V": floor}
 
@@ -161,9 +162,9 @@ def roofline() -> dict[str, list]:
     """Decode steps of a model in the shape of Qwen3-0.6B, whose requests have about 128 tokens each."""
     measured, floor, rates, sizes = [], [], [0.0, 0.0], (1, 4, 16, 64, 128)
     with bench.model_directory(None) as path, LLM(path, load_format="dummy", max_num_seqs=128) as llm:
-        config = llm.config
+        cost = bench.ModelCost(llm.config.hf_config, DTYPE.itemsize)
         for n in sizes:
-            found = bench.measure_flop_rate(DTYPE, CPU), bench.measure_bandwidth(CPU)
+            found = measure_flop_rate(DTYPE, CPU), measure_bandwidth(CPU)
             rates = list(map(max, rates, found))  # others use the machine, now more, now less
             for _ in range(n):
                 llm.add_request(random_ids(120), SamplingParams(max_tokens=12, ignore_eos=True))
@@ -174,5 +175,5 @@ def roofline() -> dict[str, list]:
                 llm.step()
         for n in sizes:
             workload = bench.Workload([random_ids(127)] * n, [2] * n)  # of which one is a decode step
-            floor.append([n, rounded(n / bench.floor_seconds(workload, config.hf_config, 2, *rates, n)[1])])
+            floor.append([n, rounded(n / bench.floor_seconds(workload, cost, *rates, n)[1])])
     return {"nanovllm": measured, "floor": floor}

@@ -34,6 +34,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # before what is found there is
 import torch
 
 import bench
+from benchmarks.machine import measure_bandwidth, measure_flop_rate
+from benchmarks.workload import CLASSIC
 from helpers import DEMO_MODEL, random_prompts, reference_tokens, save_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels.attention import BACKENDS, choose_backend
@@ -181,15 +183,15 @@ def attention_accuracy() -> Iterator[Seen]:
 
 
 def ceilings() -> Iterator[Seen]:
-    rate = bench.measure_flop_rate(torch.bfloat16, CUDA)
+    rate = measure_flop_rate(torch.bfloat16, CUDA)
     yield "bf16 matrix product", "a figure", f"{rate / 1e12:.0f} TFLOP/s", None
-    yield "memory copy", "a figure", f"{bench.measure_bandwidth(CUDA) / 1e12:.2f} TB/s", None
+    yield "memory copy", "a figure", f"{measure_bandwidth(CUDA) / 1e12:.2f} TB/s", None
 
 
 @torch.inference_mode()
 def decode_bandwidth() -> Iterator[Seen]:
     """256 sequences of 1k tokens: bytes of keys and values a second, of the rate of a copy."""
-    copy = bench.measure_bandwidth(CUDA)
+    copy = measure_bandwidth(CUDA)
     for name, backend in working_backends(torch.bfloat16).items():
         caches, context = make_cache(backend, [1024] * 256, torch.bfloat16)
         q = torch.randn(256, H, D, dtype=torch.bfloat16, device=CUDA)
@@ -201,7 +203,7 @@ def decode_bandwidth() -> Iterator[Seen]:
 @torch.inference_mode()
 def prefill_rate() -> Iterator[Seen]:
     """16 prompts of 1k tokens in one step: the model's arithmetic a second, of the rate of a matrix product."""
-    flop_rate = bench.measure_flop_rate(torch.bfloat16, CUDA)
+    flop_rate = measure_flop_rate(torch.bfloat16, CUDA)
     for name in working_backends(torch.bfloat16):
         if name == "cpu":
             continue
@@ -213,7 +215,7 @@ def prefill_rate() -> Iterator[Seen]:
             llm.generate(prompts[16 * i : 16 * i + 16], SamplingParams(0, max_tokens=1), use_tqdm=False)
             seconds.append(time.perf_counter() - start)
         workload = bench.Workload(prompts[:16], [1] * 16)
-        floor, _ = bench.floor_seconds(workload, llm.config.hf_config, 2, flop_rate, 1e15, 512)
+        floor, _ = bench.floor_seconds(workload, bench.ModelCost(llm.config.hf_config, 2), flop_rate, 1e15, 512)
         share = floor / min(seconds[1:])
         rate = 16384 / min(seconds[1:])
         yield f"prefill {name}, 16 x 1k", ">= 50% of a product", f"{100 * share:.0f}%, {rate:.0f} tok/s", share >= 0.5
@@ -469,7 +471,7 @@ def continuous_batching() -> Iterator[Seen]:
     """transformers' `generate_batch` on a quarter of the classic prompts, every output 200 tokens, and nanovllm's."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    prompts = bench.make_workload(bench.CLASSIC).prompts[:64]
+    prompts = bench.make_workload(CLASSIC).prompts[:64]
     num_tokens = 200
     with make_llm() as llm:
         params = SamplingParams(0, max_tokens=num_tokens, ignore_eos=True)

@@ -15,7 +15,8 @@ DRY = """
 import os, sys, time
 from unittest.mock import MagicMock
 names = "", ".kernels.attention", ".layers.attention", ".utils.context"
-for name in ("torch", "bench", "helpers", *("nanovllm" + name for name in names)):
+names = *("nanovllm" + name for name in names), "bench", "benchmarks", "benchmarks.machine", "benchmarks.workload"
+for name in ("torch", "helpers", *names):
     sys.modules[name] = MagicMock()  # what takes long to import, and is not needed here
 sys.path.insert(0, ".")
 from tests import gpu_checks
