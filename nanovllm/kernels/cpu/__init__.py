@@ -14,6 +14,10 @@ from nanovllm.utils.context import Context
 
 GROUP, PANEL = 128, 32  # as in linear.cpp
 SCALE_BYTES = 4  # of a token's keys or values of a head, in a cache in int8
+NEEDS = (
+    "what the compiled kernels need: dtype='bfloat16', a processor with AVX2 or Arm's dot products, a C++ compiler, "
+    "head_dim of at most 256"
+)
 
 
 def has_kernels(x: Tensor, inputs: int = 0, head_dim: int = 0) -> bool:
