@@ -169,11 +169,75 @@ struct Int8Attention {  // of a task
         add_values<R>(first, tile, d);
     }
 
+#ifdef WITH_AMX
+    // The sum of both parts, which is put into the first's place.
+    static IntRegister join(int32_t* first, const int32_t* second) {
+        IntRegister sum = next_part(get<IntRegister>(first)) + get<IntRegister>(second);
+        put(first, sum);
+        return sum;
+    }
+
+    // What attend_rows does, for all rows of a task and by matrix units; d is a multiple of 64. The keys are multiplied
+    // as activations with the queries as a panel of weights, and then the weights with the values.
+    template <bool HAS_SECOND>
+    void attend_tile(amx::Tiles& units, int64_t num_rows, const int8_t (*queries)[MAX_DIM / 4][4 * ROWS],
+                     const Tile<T>& tile, int64_t d) {
+        alignas(64) int32_t by_key[2][KEYS][ROWS], dots[KEYS], sums[2][ROWS][32];
+        alignas(64) T last[32 * MAX_DIM];
+        amx::Prefetch next_v{(const char*)tile.next_v, 1024}, next_k{(const char*)tile.next_k, 1024};
+        units.configure(32);
+        for (int64_t j = 0; j < tile.n; j += 32) {
+            const T* k = tile.k + j * d;
+            if (tile.n - j < 32) k = (const T*)std::memcpy(last, k, (tile.n - j) * d);  // more may not be read
+            for (int part = 0; part < 2; part++) {
+                amx::load_sums<true>(amx::zeros, 0);
+                amx::multiply_steps<amx::UNSIGNED_BY_SIGNED, true, HAS_SECOND>(
+                    (const char*)k, d, (const char*)queries[part], d / 64, next_v);
+                amx::store_sums<true>(by_key[part][j], 4 * ROWS);
+            }
+            for (int64_t i = 0; i < 32 * ROWS; i += 16) join(by_key[0][j] + i, by_key[1][j] + i);
+        }
+        IntRegister lanes16 = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        for (int64_t r = 0; r < num_rows; r++) {
+            for (int64_t j = 0; j < tile.n; j += 16)
+                put(dots + j, _mm512_i32gather_epi32((__m512i)(lanes16 * int32_t(ROWS)), by_key[0][j] + r, 4));
+            set_weights(r, dots, tile, d);
+        }
+        units.configure(num_rows);
+        for (int64_t c = 0; c < d; c += 32) {
+            for (int part = 0; part < 2; part++) {
+                amx::load_sums<HAS_SECOND>(amx::zeros, 0);
+                amx::multiply_steps<amx::SIGNED_BY_UNSIGNED, HAS_SECOND>(
+                    (const char*)weights[part], KEYS, (const char*)values[c / 32], 1, next_k);
+                amx::store_sums<HAS_SECOND>(sums[part], 4 * 32);
+            }
+            for (int64_t r = 0; r < num_rows; r++)
+                for (int64_t i = 0; i < 32; i += 16) add_dots(r, c + i, join(sums[0][r] + i, sums[1][r] + i));
+        }
+    }
+
+    template <class EachTile>
+    void attend_amx(int64_t num_rows, int64_t d, EachTile&& each_tile) {
+        alignas(64) int8_t queries[2][MAX_DIM / 4][4 * ROWS] = {};
+        for (int64_t r = 0; r < num_rows; r++)
+            for (int64_t c = 0; c < d; c += 4)
+                for (int part = 0; part < 2; part++) std::memcpy(queries[part][c / 4] + 4 * r, q[r][part] + c, 4);
+        amx::Tiles units;
+        each_tile([&](const Tile<T>& tile) {
+            zip_values<true>(tile, d);
+            num_rows > 16 ? attend_tile<true>(units, num_rows, queries, tile, d)
+                          : attend_tile<false>(units, num_rows, queries, tile, d);
+        });
+    }
+#else
+    void attend_amx(auto&&...) {}
+#endif
+
     template <class EachTile>
     void attend(int64_t num_rows, const Keys<T>&, int64_t d, EachTile&& each_tile) {
+        if (amx::is_usable && d % 64 == 0 && num_rows > ATTENTION_ROWS) return attend_amx(num_rows, d, each_tile);
         each_tile([&](const Tile<T>& tile) {
-            auto zip = d % BYTES ? &Int8Attention::zip_values<false> : &Int8Attention::zip_values<true>;
-            (this->*zip)(tile, d);
+            d % BYTES ? zip_values<false>(tile, d) : zip_values<true>(tile, d);
             each_rows(rows, num_rows, tile.start, [&]<int R>(int64_t r) {
                 d % BYTES ? attend_rows<R, false>(r, tile, d) : attend_rows<R, true>(r, tile, d);
             });
@@ -198,13 +262,13 @@ EXPORT void store_kv_int8(const bf16* x, int64_t stride, uint8_t* cache, const i
             int64_t block = slots[t] / block_size, offset = slots[t] % block_size;
             uint8_t* head = cache + (block * num_kv_heads + h) * block_size * (d + 4);
             const bf16* row = x + t * stride + h * d;
-            float scale = largest_size(row, d) / 127;
+            float largest = largest_size(row, d), scale = largest / 127, factor = 127 / largest;
+            uint32_t codes[MAX_DIM];
             for (int64_t c = 0; c < d; c++) {
-                float shifted = to_float(row[c]) / scale + (TO_WHOLE + ZERO_BYTE);
-                uint32_t bits;
-                std::memcpy(&bits, &shifted, sizeof bits);
-                head[offset * d + c] = bits;
+                float shifted = to_float(row[c]) * factor + (TO_WHOLE + ZERO_BYTE);
+                std::memcpy(codes + c, &shifted, sizeof shifted);
             }
+            std::copy(codes, codes + d, head + offset * d);  // the last byte of each
             std::memcpy(head + block_size * d + 4 * offset, &scale, sizeof scale);
         }
     });
