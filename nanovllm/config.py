@@ -80,8 +80,8 @@ class Config:
     # (to a container: within its limit) but at most 4 GiB, and nowhere more than `max_num_seqs` sequences of
     # `max_model_len`.
     num_kvcache_blocks: int = -1
-    # Of keys and values. "auto": the model's. "int8", on a CPU that the C++ kernels compute for: a token's keys, and its
-    # values, of each head with a scale, which is nearly twice as many tokens in the same memory.
+    # Of keys and values. "auto": the model's. "int8", on a CPU that the C++ kernels are for, in bfloat16: rounded, each
+    # token's keys or values of a head with a scale; the same memory holds nearly twice as many.
     kv_cache_dtype: str = "auto"
     hf_config: PretrainedConfig | None = None  # the model's configuration; read from the checkpoint by default
     eos: int | Sequence[int] | None = None  # token ids that end a completion; read from the checkpoint by default

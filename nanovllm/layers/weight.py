@@ -189,5 +189,6 @@ def check_batch_invariance(dtype: torch.dtype, device: torch.device, head_dim: i
     nothing = torch.empty(0, dtype=dtype, device=device)
     if device.type == "cpu" and not all(cpu_kernels.has_kernels(nothing, inputs=n, head_dim=head_dim) for n in inputs):
         raise ValueError(
-            f"batch_invariant=True needs on a CPU {cpu_kernels.NEEDS}, products of a multiple of 4 inputs; here are {dtype}, head_dim={head_dim}, inputs {sorted(set(inputs))}: leave batch_invariant out"
+            f"batch_invariant=True needs on a CPU {cpu_kernels.NEEDS}, products of a multiple of 4 inputs; here are "
+            f"{dtype}, head_dim={head_dim}, inputs {sorted(set(inputs))}: leave batch_invariant out"
         )

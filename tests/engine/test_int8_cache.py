@@ -1,4 +1,4 @@
-"""An engine whose KV cache is in int8: what it saves, what it costs, and that all that shares the cache works as before.
+"""An engine whose KV cache is in int8: what it saves, what it costs, and that all who share the cache do as before.
 
 That no bit depends on what runs beside a request is in test_invariance.py.
 """
@@ -26,10 +26,10 @@ def model(tmp_path_factory) -> str:
 
 
 def blocks(path: str, **settings) -> tuple[int, int]:
+    """Their number, and the bytes that they take."""
     with LLM(path, **SETTINGS | settings) as llm:
-        layers = llm.model_runner.attentions
-        assert len({layer.k_cache.shape for layer in layers}) == 1 and layers[0].k_cache.shape == layers[1].v_cache.shape
-        return llm.config.num_kvcache_blocks, sum(layer.k_cache.nbytes + layer.v_cache.nbytes for layer in layers)
+        caches = [cache for layer in llm.model_runner.attentions for cache in (layer.k_cache, layer.v_cache)]
+        return llm.config.num_kvcache_blocks, sum(cache.nbytes for cache in caches)
 
 
 @needs_kernels

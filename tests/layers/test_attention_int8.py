@@ -1,5 +1,7 @@
 """A KV cache in int8 against plain PyTorch, on each of the processor's instruction sets."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,7 +130,7 @@ def test_copies_are_of_filled_slots_with_their_scales(num_kv_heads, head_dim):
     expected = [[part.clone().view(torch.uint8).view(6, num_kv_heads, 16, -1) for part in contents(c)] for c in caches]
     CPUAttention.copy_blocks(*caches, copies)
     for source, target, num_filled in copies.tolist():
-        for part in sum(expected, []):
+        for part in itertools.chain(*expected):
             part[target, :, :num_filled] = part[source, :, :num_filled]
     for cache, parts in zip(caches, expected, strict=True):
         found = [part.view(torch.uint8).view(6, num_kv_heads, 16, -1) for part in contents(cache)]

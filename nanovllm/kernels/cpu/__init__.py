@@ -150,8 +150,8 @@ def _pad_rows(weight: Tensor) -> Tensor:
 def is_int8(cache: Tensor) -> bool:
     """Whether a cache is [blocks, KH, block_size, D + 4] uint8, else [blocks, KH, block_size, D] bf16.
 
-    The bytes of a block's head are its [block_size, D] codes, which have a zero that depends on the instruction set, and
-    after them their [block_size] scales in fp32.
+    The bytes of a block's head are its [block_size, D] codes, whose zero is a number that suits the instruction set,
+    and after them their [block_size] scales in fp32.
     """
     return cache.dtype == torch.uint8
 

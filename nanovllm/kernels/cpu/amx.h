@@ -211,7 +211,8 @@ inline void linear_int8(const uint8_t* x, const float* x_scales, const int8_t* w
         for (int64_t from = byte; from < byte + bytes; from += GROUP, values += GROUP * COLUMNS) {
             int64_t group = from / GROUP, size = std::min(GROUP, byte + bytes - from);
             load_sums<HAS_SECOND>(compensation + (panel * groups + group) * COLUMNS, 0);
-            multiply_steps<UNSIGNED_BY_SIGNED, HAS_SECOND>((const char*)x + row * k + from, k, values, size / STEP, ahead);
+            multiply_steps<UNSIGNED_BY_SIGNED, HAS_SECOND>((const char*)x + row * k + from, k, values, size / STEP,
+                                                           ahead);
             store_sums<HAS_SECOND>(dots, 4 * COLUMNS);
             for (int64_t r = 0; r < rows; r++) {
                 Floats scale = all(x_scales[(row + r) * groups + group]);

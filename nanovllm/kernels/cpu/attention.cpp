@@ -90,8 +90,8 @@ void attend_tile(Rows& rows, const Operand (*q)[MAX_DIM], int64_t first, const T
 // What attend_tile does, for all rows of a task and by matrix units; d is a multiple of 32. The keys are multiplied as
 // activations with the queries as a panel of weights, [d / 2, ROWS, 2], and then the weights with pairs of values.
 template <bool HAS_SECOND>
-void attend_tile_amx(amx::Tiles& units, Rows& rows, int64_t num_rows, const bf16 (*queries)[2 * ROWS], const Tile<bf16>& tile,
-                     const Keys<bf16>& keys, int64_t d, float scale) {
+void attend_tile_amx(amx::Tiles& units, Rows& rows, int64_t num_rows, const bf16 (*queries)[2 * ROWS],
+                     const Tile<bf16>& tile, const Keys<bf16>& keys, int64_t d, float scale) {
     alignas(64) float by_key[KEYS][ROWS], scores[KEYS];
     alignas(64) bf16 weights[ROWS][KEYS], pairs[KEYS / 2][64], last[32 * MAX_DIM];
     amx::Prefetch values{(const char*)tile.v, 2048}, next{(const char*)tile.next_k, 2048};
@@ -104,7 +104,8 @@ void attend_tile_amx(amx::Tiles& units, Rows& rows, int64_t num_rows, const bf16
             k = last, stride = d;
         }
         amx::load_sums<true>(amx::zeros, 0);
-        amx::multiply_steps<amx::BF16, true, HAS_SECOND>((const char*)k, 2 * stride, (const char*)queries, d / 32, values);
+        amx::multiply_steps<amx::BF16, true, HAS_SECOND>((const char*)k, 2 * stride, (const char*)queries, d / 32,
+                                                         values);
         amx::store_sums<true>(by_key[j], 4 * ROWS);
     }
     __m512i lanes16 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -182,9 +183,9 @@ EXPORT void store_kv(const bf16* x, int64_t stride, bf16* cache, const int64_t* 
     });
 }
 
-// Copies the first slots of blocks of two [blocks, KH, block_size, bytes] caches, for each of copies [n, 3] (source block,
-// target block, number of slots) in this order: a head's copies are all one thread's. A slot has so many bytes with the
-// block's other slots, and so many beside them.
+// Copies the first slots of blocks of two [blocks, KH, bytes] caches, for each of copies [n, 3] (source block, target
+// block, number of slots) in this order: a head's copies are all one thread's. Of a block's bytes the slots have first
+// `row_bytes` each and then `scale_bytes` each.
 EXPORT void copy_blocks(char* k_cache, char* v_cache, const int64_t* copies, int64_t num_copies, int64_t num_kv_heads,
                         int64_t block_size, int64_t row_bytes, int64_t scale_bytes) {
     parallel_for(2 * num_kv_heads, 2, [&](int64_t i) {
@@ -205,8 +206,8 @@ EXPORT void copy_blocks(char* k_cache, char* v_cache, const int64_t* copies, int
 EXPORT void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const int32_t* bounds, const int32_t* lens,
                    const int32_t* tables, int64_t columns, int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads,
                    int64_t d, int64_t block_size, int64_t k_stride, int64_t v_stride) {
-    attend_with<Attention>(q, k, v, out, bounds, lens, tables, columns, num_seqs, num_heads, num_kv_heads, d, block_size,
-                           k_stride, v_stride);
+    attend_with<Attention>(q, k, v, out, bounds, lens, tables, columns, num_seqs, num_heads, num_kv_heads, d,
+                           block_size, k_stride, v_stride);
 }
 
 REPLAYABLE(store_kv)

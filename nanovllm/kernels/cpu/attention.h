@@ -52,10 +52,12 @@ struct Keys {  // of one KV head of one sequence
     // it: what is in several blocks is copied.
     Tile<T> tile(int64_t from, int64_t n, int64_t d, Copy<T>& copy) const {
         int64_t block = from / block_size, offset = from % block_size, start = table ? table[block] * block_stride : 0;
-        auto scales = [&](const T* x) { return HAS_SCALES ? (const float*)(x + start + block_size * d) + offset : nullptr; };
+        auto scales = [&](const T* x) {
+            return HAS_SCALES ? (const float*)(x + start + block_size * d) + offset : nullptr;
+        };
         if (n <= block_size - offset)
-            return {k + start + offset * k_stride, v + start + offset * v_stride, nullptr, nullptr, scales(k), scales(v),
-                    from, n};
+            return {k + start + offset * k_stride, v + start + offset * v_stride, nullptr, nullptr, scales(k),
+                    scales(v), from, n};
         for (int64_t done = 0; done < n; block++, offset = 0) {
             start = table[block] * block_stride;
             int64_t source = start + offset * d, some = std::min(n - done, block_size - offset);
@@ -112,7 +114,8 @@ template <class F>
 void each_rows(const Rows& rows, int64_t num_rows, int64_t start, F&& f) {
     for (int64_t r = 0; r < num_rows; r += ATTENTION_ROWS) {
         int64_t num = std::min<int64_t>(ATTENTION_ROWS, num_rows - r);
-        if (rows.limits[r + num - 1] > start) with_rows<ATTENTION_ROWS>(num, [&]<int R>() { f.template operator()<R>(r); });
+        if (rows.limits[r + num - 1] > start)
+            with_rows<ATTENTION_ROWS>(num, [&]<int R>() { f.template operator()<R>(r); });
     }
 }
 

@@ -112,7 +112,8 @@ struct Int8Attention {  // of a task
             for (int64_t c = 0; c < d; c += BYTES) {
                 IntRegister v[4];
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) v[i] = load_codes<WHOLE>(tile.v + std::min(j + i, tile.n - 1) * d + c, d - c);
+                for (int i = 0; i < 4; i++)
+                    v[i] = load_codes<WHOLE>(tile.v + std::min(j + i, tile.n - 1) * d + c, d - c);
                 zip_bytes(v[0], v[1]);
                 zip_bytes(v[2], v[3]);
                 zip_shorts(v[0], v[2]);
