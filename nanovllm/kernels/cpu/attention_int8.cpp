@@ -136,7 +136,6 @@ struct Int8Attention {  // of a task
         int64_t quads = (tile.n + 3) / 4;
         for (int64_t c = 0; c < d; c += BYTES) {
             IntRegister dots[R][4] = {};
-            fetch(tile.next_k + c * tile.n, 0, 1, std::min(d - c, BYTES) * tile.n);
 #pragma GCC unroll 2
             for (int part = 0; part < 2; part++) {
 #pragma GCC unroll 4
@@ -144,6 +143,7 @@ struct Int8Attention {  // of a task
 #pragma GCC unroll 4
                     for (int i = 0; i < 4; i++) dots[r][i] = next_part(dots[r][i]);
                 for (int64_t j = 0; j < quads; j++) {
+                    if (part == 0) fetch(tile.next_k + c * tile.n + j * 4 * BYTES, 0, 1, 4 * BYTES);
                     IntRegister numbers[R];
 #pragma GCC unroll 4
                     for (int r = 0; r < R; r++) numbers[r] = broadcast((const Byte*)(weights[part][first + r] + 4 * j));
