@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from nanovllm.kernels.attention import BACKENDS
-from nanovllm.kernels.cpu import load_kernels
+from nanovllm.kernels.cpu import NEEDS, has_kernels, load_kernels
 from nanovllm.layers.rotary_embedding import rope_settings
 from nanovllm.layers.weight_formats import Format, read_format
 from nanovllm.models import MODELS
@@ -40,7 +40,6 @@ VLLM_SETTINGS = {
     "download_dir": "the environment variable HF_HOME says where downloads go",
     "swap_space": "preempted requests are computed again, nothing is swapped",
     "cpu_offload_gb": "weights are not offloaded",
-    "kv_cache_dtype": "the cache has the model's dtype",
     "max_seq_len_to_capture": "CUDA graphs are of decode steps, whatever the lengths; enforce_eager=True makes none",
     "max_logprobs": "logprobs have no limit",
     "disable_log_stats": "nothing is logged but to the logger 'nanovllm'",
@@ -81,6 +80,9 @@ class Config:
     # (to a container: within its limit) but at most 4 GiB, and nowhere more than `max_num_seqs` sequences of
     # `max_model_len`.
     num_kvcache_blocks: int = -1
+    # Of keys and values. "auto": the model's. "int8", on a CPU that the C++ kernels are for, in bfloat16: rounded, each
+    # token's keys or values of a head with a scale; the same memory holds nearly twice as many.
+    kv_cache_dtype: str = "auto"
     hf_config: PretrainedConfig | None = None  # the model's configuration; read from the checkpoint by default
     eos: int | Sequence[int] | None = None  # token ids that end a completion; read from the checkpoint by default
     # Of weights and activations: "float32", "bfloat16" or "float16". "auto": the checkpoint's; but 16 bits are bfloat16
@@ -135,8 +137,10 @@ class Config:
         else:
             stored = getattr(self.hf_config, "dtype" if hasattr(self.hf_config, "dtype") else "torch_dtype", None)
             stored = DTYPES.get(str(stored).removeprefix("torch."), torch.bfloat16)
-            has_kernels = self.device.type == "cpu" and load_kernels() is not None
-            self.dtype = suitable_dtype(stored, self.device, has_kernels)
+            is_compiled = self.device.type == "cpu" and load_kernels() is not None
+            self.dtype = suitable_dtype(stored, self.device, is_compiled)
+        if self.kv_cache_dtype == "int8":
+            self._check_cache()
         with reading(self.model_path / "generation_config.json") if self.eos is None else nullcontext():
             eos = self._read_eos() if self.eos is None else self.eos
             self.eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos)
@@ -167,6 +171,7 @@ class Config:
         check_bool("batch_invariant", self.batch_invariant)
         check_choice("dtype", str(self.dtype).removeprefix("torch."), ["auto", *DTYPES])
         check_choice("attention_backend", self.attention_backend, ["auto", *BACKENDS])
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, ["auto", "int8"])
         check_choice("load_format", self.load_format, ["auto", "dummy"])
         check_choice("quantization", self.quantization, [None, "int8", "int4"])
 
@@ -186,6 +191,14 @@ class Config:
             raise ValueError(
                 f"batch_invariant=True and attention_backend={self.attention_backend!r}, whose results depend on the "
                 "batch; use 'auto' or 'triton'"
+            )
+
+    def _check_cache(self) -> None:
+        head_dim = self.hf_config.head_dim
+        if self.device.type != "cpu" or not has_kernels(torch.empty(0, dtype=self.dtype), head_dim=head_dim):
+            raise ValueError(
+                f"kv_cache_dtype='int8' needs a CPU and {NEEDS}; here are device={self.device.type!r}, {self.dtype}, "
+                f"head_dim={head_dim}: leave kv_cache_dtype out"
             )
 
     def _fit_window(self) -> None:

@@ -79,7 +79,7 @@ static void check_attention(int group, int d, int block_size, int queries) {
     for (int i = 0; i < blocks; i++) table[i] = blocks - 1 - i;
     auto q = random_values(queries * heads * d), k = random_values(blocks * kv_heads * block_size * d);
     auto v = random_values(k.size());
-    std::vector<bf16> out(q.size());
+    std::vector<bf16> out(q.size()), out8(q.size());
     std::vector<double> exact(q.size());
     auto place = [&](int head, int i) {
         return ((table[i / block_size] * kv_heads + head) * block_size + i % block_size) * d;
@@ -102,6 +102,20 @@ static void check_attention(int group, int d, int block_size, int queries) {
            kv_heads, d, block_size, 0, 0);
     double error = relative_error(out, exact);
     check(error < 0.01, "attention", error, group, d, queries);
+    std::vector<uint8_t> k8(k.size() / d * (d + 4)), v8(k8.size());
+    std::vector<bf16> row(kv_heads * d);
+    for (int64_t slot = 0; slot < blocks * block_size; slot++)
+        for (auto [from, to] : {std::pair(&k, &k8), std::pair(&v, &v8)}) {
+            for (int h = 0; h < kv_heads; h++) {
+                int at = ((slot / block_size * kv_heads + h) * block_size + slot % block_size) * d;
+                std::copy_n(from->data() + at, d, row.data() + h * d);
+            }
+            store_kv_int8(row.data(), kv_heads * d, to->data(), &slot, 1, kv_heads, block_size, d);
+        }
+    attend_int8(q.data(), k8.data(), v8.data(), out8.data(), bounds.data(), lens.data(), table.data(), blocks, 1, heads,
+                kv_heads, d, block_size);
+    double error8 = relative_error(out8, exact);
+    check(error8 < 0.02, "attention in int8", error8, group, d, queries);
 }
 
 static void check_small(int n) {

@@ -1,8 +1,8 @@
-"""How far bf16, int8 and int4 are from fp32, on bench.py's small workload: `python -m tests.quantization_error DIR`.
+"""How far bf16, int8, int4 and a KV cache in int8 are from fp32: `python -m tests.quantization_error DIR`.
 
-DIR is a checkpoint, for instance the random one that `python bench.py --save-checkpoint DIR` writes. Prints for each
-precision the logits' relative error ||x - exact|| / ||exact|| over the prompts, the average KL divergence of the
-next token's distribution, and for how many prompts the most likely token is the same.
+On bench.py's small workload. DIR is a checkpoint, for instance the random one that `python bench.py --save-checkpoint
+DIR` writes. Prints for each precision the logits' relative error ||x - exact|| / ||exact|| over the prompts, the
+average KL divergence of the next token's distribution, and for how many prompts the most likely token is the same.
 """
 
 import argparse
@@ -16,6 +16,7 @@ PRECISIONS = {
     "bf16": {"dtype": "bfloat16"},
     "int8": {"dtype": "bfloat16", "quantization": "int8"},
     "int4": {"dtype": "bfloat16", "quantization": "int4"},
+    "int8-cache": {"dtype": "bfloat16", "kv_cache_dtype": "int8"},
 }
 
 

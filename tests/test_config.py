@@ -82,7 +82,6 @@ def test_a_setting_that_is_near_no_other_gets_no_advice():
         ("enable_prefix_caching", "always cached"),
         ("trust_remote_code", "never run"),
         ("tokenizer", "the checkpoint's"),
-        ("kv_cache_dtype", "the model's dtype"),
     ],
 )
 def test_a_setting_of_vllm_says_what_it_is_here(name, advice):

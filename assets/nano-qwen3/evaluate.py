@@ -37,6 +37,7 @@ PRECISIONS = {
     "bf16": {"dtype": "bfloat16"},
     "int8": {"dtype": "bfloat16", "quantization": "int8"},
     "int4": {"dtype": "bfloat16", "quantization": "int4"},
+    "int8-cache": {"dtype": "bfloat16", "kv_cache_dtype": "int8"},
 }
 
 

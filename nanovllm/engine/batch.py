@@ -51,12 +51,13 @@ class BatchBuilder:
     """Builds a `Batch` from sequences that the scheduler chose.
 
     As long as the same sequences are computed step after step, their arrays stay: a row of the block table, which has
-    `max_blocks` columns, changes once in `block_size` steps.
+    `max_blocks` columns, changes once in `block_size` steps. If it `always_reads_cache`, there is always a block table.
     """
 
-    def __init__(self, block_size: int, max_blocks: int):
+    def __init__(self, block_size: int, max_blocks: int, always_reads_cache: bool = False):
         self.block_size = block_size
         self.max_blocks = max_blocks
+        self.always_reads_cache = always_reads_cache
         self._seqs: list[Sequence] = []  # whose arrays the fields below are
 
     def build(self, seqs: list[Sequence], unread: list[Sequence] = ()) -> Batch:
@@ -117,7 +118,7 @@ class BatchBuilder:
             positions=positions,
             slot_mapping=find_slots(self._tables, rows, positions, self.block_size),
             context_lens=context_lens.astype(np.int32),
-            block_tables=tables if num_tokens or starts.any() else None,
+            block_tables=tables if num_tokens or starts.any() or self.always_reads_cache else None,
             seq_ids=seq_ids,
             has_options=self._has_options,
         )

@@ -88,7 +88,8 @@ class ModelRunner:
         )
         self.block_size = config.kvcache_block_size = wanted or backend.block_size
         max_blocks = -(-config.max_model_len // self.block_size)
-        self.batch_builder = BatchBuilder(self.block_size, max_blocks)
+        # New keys are those of the cache, too, where it rounds them: else what is seen would depend on the chunk.
+        self.batch_builder = BatchBuilder(self.block_size, max_blocks, config.kv_cache_dtype == "int8")
         self.mask_maker = MaskMaker(config.hf_config.vocab_size, self.num_threads)
         sizes = graph_sizes(config.max_decode_tokens) if self._can_capture(backend) else []
         cache_bytes = self._allocate_kv_cache(backend, max_blocks, len(sizes) * GRAPH_BYTES)
@@ -263,8 +264,11 @@ class ModelRunner:
     def _allocate_kv_cache(self, backend: AttentionBackend, max_blocks: int, graph_bytes: int) -> int:
         """Returns the cache's bytes. Graphs hold its addresses, so their memory is reserved before they are made."""
         config, attention = self.config, self.attentions[0]
-        layout = self.block_size, attention.num_kv_heads, attention.head_dim
-        block_bytes = 2 * len(self.attentions) * math.prod(backend.cache_shape(1, *layout)) * config.dtype.itemsize
+        dtype, columns = config.dtype, attention.head_dim
+        if config.kv_cache_dtype == "int8":
+            dtype, columns = torch.uint8, columns + cpu_kernels.SCALE_BYTES
+        layout = self.block_size, attention.num_kv_heads, columns
+        block_bytes = 2 * len(self.attentions) * math.prod(backend.cache_shape(1, *layout)) * dtype.itemsize
         for layer in self.attentions:
             layer.backend = backend
         num_sharing = self.tp.size * config.data_parallel_size if self.device.type == "cpu" else 1
@@ -287,8 +291,8 @@ class ModelRunner:
         # flash-attn 3 reads past a sequence's end: 0 times NaN is NaN. On a CPU zeros would take their memory at once.
         allocate = torch.zeros if self.device.type == "cuda" else torch.empty
         for layer in self.attentions:
-            layer.k_cache = allocate(shape, dtype=config.dtype, device=self.device)
-            layer.v_cache = allocate(shape, dtype=config.dtype, device=self.device)
+            layer.k_cache = allocate(shape, dtype=dtype, device=self.device)
+            layer.v_cache = allocate(shape, dtype=dtype, device=self.device)
         return needed // num_sharing
 
     def _activation_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """Attention in plain PyTorch, for any machine: a loop over sequences, each read through its block table.
 
-For bf16 on a CPU with the kernels of `cpu_kernels` those are called instead; the plain code says what they compute.
+For bf16 on a CPU with the kernels of `cpu_kernels` those are called instead; the plain code says what they compute. A
+cache in int8 is theirs alone, see `cpu_kernels.is_int8`.
 
 The cache is `[num_blocks, num_kv_heads, block_size, head_dim]`, so that a head's keys are contiguous.
 Legend: T tokens in the step, S sequences, H/KH query/KV heads, D head_dim, L tokens of one sequence.
@@ -36,7 +37,7 @@ class CPUAttention:
 
     @staticmethod
     def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
-        if has_kernels(k_cache):
+        if has_kernels(k_cache) or cpu_kernels.is_int8(k_cache):
             return cpu_kernels.copy_blocks(k_cache, v_cache, copies)
         for source, target, num_filled in copies.tolist():
             for cache in (k_cache, v_cache):

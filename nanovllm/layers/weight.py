@@ -189,7 +189,6 @@ def check_batch_invariance(dtype: torch.dtype, device: torch.device, head_dim: i
     nothing = torch.empty(0, dtype=dtype, device=device)
     if device.type == "cpu" and not all(cpu_kernels.has_kernels(nothing, inputs=n, head_dim=head_dim) for n in inputs):
         raise ValueError(
-            "batch_invariant=True needs on a CPU what its compiled kernels need: dtype='bfloat16', a processor with "
-            "AVX2 or Arm's dot products, a C++ compiler, head_dim of at most 256, products of a multiple of 4 inputs; "
-            f"here are {dtype}, head_dim={head_dim}, inputs {sorted(set(inputs))}: leave batch_invariant out"
+            f"batch_invariant=True needs on a CPU {cpu_kernels.NEEDS}, products of a multiple of 4 inputs; here are "
+            f"{dtype}, head_dim={head_dim}, inputs {sorted(set(inputs))}: leave batch_invariant out"
         )

@@ -36,10 +36,18 @@ def results(outputs: list) -> list[tuple]:
     return [(output.token_ids, output.logprobs, output.prompt_logprobs) for output in outputs]
 
 
-@pytest.fixture(scope="module", params=[None, "int8", "int4"])
+KINDS = {
+    "bf16": {},
+    "int8": {"quantization": "int8"},
+    "int4": {"quantization": "int4"},
+    "int8-cache": {"kv_cache_dtype": "int8"},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def alone(model, request) -> tuple[dict, list[tuple]]:
     """The settings, and each request's results by itself, in whole blocks of 64, on one thread."""
-    settings = SETTINGS | {"quantization": request.param}
+    settings = SETTINGS | KINDS[request.param]
     with LLM(model, **settings) as llm:
         outputs = [llm.generate([p], params, use_tqdm=False)[0] for p, params in zip(PROMPTS, PARAMS, strict=True)]
         assert llm.model_runner.graphs is not None
@@ -69,9 +77,9 @@ def test_batches_chunks_block_sizes_and_prefix_hits_change_no_bit(model, alone, 
         assert llm.stats()["preemptions"] == 0
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
-def test_each_instruction_set_changes_no_bit(model, target, quantization):
-    settings = SETTINGS | {"quantization": quantization}
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int8-cache"])
+def test_each_instruction_set_changes_no_bit(model, target, kind):
+    settings = SETTINGS | KINDS[kind]
     with LLM(model, **settings) as llm:
         expected = results([llm.generate([p], s, use_tqdm=False)[0] for p, s in zip(PROMPTS, PARAMS, strict=True)])
     blocks = {"kvcache_block_size": 37, "num_kvcache_blocks": 170}

@@ -13,6 +13,11 @@ from nanovllm.kernels.quantized import QuantizedWeight
 from nanovllm.utils.context import Context
 
 GROUP, PANEL = 128, 32  # as in linear.cpp
+SCALE_BYTES = 4  # of a token's keys or values of a head, in a cache in int8
+NEEDS = (
+    "what the compiled kernels need: dtype='bfloat16', a processor with AVX2 or Arm's dot products, a C++ compiler, "
+    "head_dim of at most 256"
+)
 
 
 def has_kernels(x: Tensor, inputs: int = 0, head_dim: int = 0) -> bool:
@@ -142,26 +147,43 @@ def _pad_rows(weight: Tensor) -> Tensor:
     return F.pad(weight.data, (0, 0, 0, missing)) if missing else weight.data
 
 
+def is_int8(cache: Tensor) -> bool:
+    """Whether a cache is [blocks, KH, block_size, D + 4] uint8, else [blocks, KH, block_size, D] bf16.
+
+    The bytes of a block's head are its [block_size, D] codes, whose zero is a number that suits the instruction set,
+    and after them their [block_size] scales in fp32.
+    """
+    return cache.dtype == torch.uint8
+
+
 def store(x: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    """Writes [T, KH, D] keys or values to their slots of a [blocks, KH, block_size, D] cache; slot -1 is not stored."""
+    """Writes [T, KH, D] keys or values to their slots of a cache; slot -1 is not stored."""
     assert x.stride()[1:] == (x.shape[2], 1) and slot_mapping.dtype == torch.int64
-    call("store_kv", x, x.stride(0), cache, slot_mapping, x.shape[0], *cache.shape[1:])
+    kind, sizes = "store_kv_int8" if is_int8(cache) else "store_kv", (*cache.shape[1:3], x.shape[2])
+    call(kind, x, x.stride(0), cache, slot_mapping, x.shape[0], *sizes)
 
 
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
     """See `nanovllm.kernels.attention.AttentionBackend`."""
     assert copies.is_contiguous() and copies.dtype == torch.int64
-    call("copy_blocks", k_cache, v_cache, copies, len(copies), *k_cache.shape[1:])
+    num_kv_heads, block_size, columns = k_cache.shape[1:]
+    scale_bytes = SCALE_BYTES if is_int8(k_cache) else 0
+    row_bytes = columns * k_cache.itemsize - scale_bytes
+    call("copy_blocks", k_cache, v_cache, copies, len(copies), num_kv_heads, block_size, row_bytes, scale_bytes)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-    """[T, H, D] queries over the paged caches `k` and `v`, or over [T, KH, D] new ones if there are no block tables."""
+    """[T, H, D] queries over the paged caches `k` and `v`, or over [T, KH, D] new ones if there are no block tables.
+
+    In int8 there are always block tables.
+    """
     assert q.is_contiguous() and k.stride()[1:] == v.stride()[1:] and k.stride(-1) == 1
     (num_heads, head_dim), tables, num_seqs = q.shape[1:], context.block_tables, len(context.context_lens)
     columns, block_size = (0, 0) if tables is None else (tables.stride(0), k.shape[2])
     layout = columns, num_seqs, num_heads, k.shape[1], head_dim, block_size, k.stride(0), v.stride(0)
     out = empty(*q.shape)
-    call("attend", q, k, v, out, context.cu_seqlens_q, context.context_lens, tables, *layout)
+    kind, layout = ("attend_int8", layout[:-2]) if is_int8(k) else ("attend", layout)
+    call(kind, q, k, v, out, context.cu_seqlens_q, context.context_lens, tables, *layout)
     return out
 
 

@@ -44,10 +44,13 @@ template <int TILE>
 inline void store_tile(void* to, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(TILE) : "memory");
 }
-template <bool IS_INT8, int SUMS, int X, int W>
+enum Kind { BF16, UNSIGNED_BY_SIGNED, SIGNED_BY_UNSIGNED };  // of activations and weights, the latter two of bytes
+template <Kind KIND, int SUMS, int X, int W>
 inline void multiply() {
-    if constexpr (IS_INT8)  // unsigned by signed
+    if constexpr (KIND == UNSIGNED_BY_SIGNED)
         asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(X), "i"(W));
+    else if constexpr (KIND == SIGNED_BY_UNSIGNED)
+        asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(X), "i"(W));
     else
         asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(X), "i"(W));
 }
@@ -92,21 +95,21 @@ struct Prefetch {
 
 // Adds to the sums the products of activations, rows `stride` bytes apart, and a panel's weights; more than 16 rows if
 // HAS_SECOND.
-template <bool IS_INT8, bool HAS_SECOND, bool HAS_RIGHT = true>
+template <Kind KIND, bool HAS_SECOND, bool HAS_RIGHT = true>
 inline void multiply_steps(const char* x, int64_t stride, const char* w, int64_t steps, Prefetch& ahead) {
     for (int64_t i = 0; i < steps; i++, x += STEP, w += PANEL_STEP) {
         load_tile<6>(w, PANEL_STEP / 16);
         load_tile<4>(x, stride);
         ahead.step();
-        multiply<IS_INT8, 0, 4, 6>();
+        multiply<KIND, 0, 4, 6>();
         if constexpr (HAS_RIGHT) {
             load_tile<7>(w + 64, PANEL_STEP / 16);
-            multiply<IS_INT8, 1, 4, 7>();
+            multiply<KIND, 1, 4, 7>();
         }
         if constexpr (HAS_SECOND) {
             load_tile<5>(x + 16 * stride, stride);
-            multiply<IS_INT8, 2, 5, 6>();
-            if constexpr (HAS_RIGHT) multiply<IS_INT8, 3, 5, 7>();
+            multiply<KIND, 2, 5, 6>();
+            if constexpr (HAS_RIGHT) multiply<KIND, 3, 5, 7>();
         }
     }
 }
@@ -190,7 +193,7 @@ inline void linear_bf16(const bf16* x, int64_t ldx, const bf16* w, const bf16* b
                  [&]<bool HAS_SECOND>(int64_t row, int64_t, int64_t, const char* values, int64_t byte, int64_t bytes,
                                       float (*sums)[COLUMNS], Prefetch& ahead) {
         load_sums<HAS_SECOND>(byte ? sums[0] : zeros, byte ? 4 * COLUMNS : 0);
-        multiply_steps<false, HAS_SECOND>((const char*)(x + row * ldx) + byte, 2 * ldx, values, bytes / STEP, ahead);
+        multiply_steps<BF16, HAS_SECOND>((const char*)(x + row * ldx) + byte, 2 * ldx, values, bytes / STEP, ahead);
         store_sums<HAS_SECOND>(sums, 4 * COLUMNS);
     });
 }
@@ -208,7 +211,8 @@ inline void linear_int8(const uint8_t* x, const float* x_scales, const int8_t* w
         for (int64_t from = byte; from < byte + bytes; from += GROUP, values += GROUP * COLUMNS) {
             int64_t group = from / GROUP, size = std::min(GROUP, byte + bytes - from);
             load_sums<HAS_SECOND>(compensation + (panel * groups + group) * COLUMNS, 0);
-            multiply_steps<true, HAS_SECOND>((const char*)x + row * k + from, k, values, size / STEP, ahead);
+            multiply_steps<UNSIGNED_BY_SIGNED, HAS_SECOND>((const char*)x + row * k + from, k, values, size / STEP,
+                                                           ahead);
             store_sums<HAS_SECOND>(dots, 4 * COLUMNS);
             for (int64_t r = 0; r < rows; r++) {
                 Floats scale = all(x_scales[(row + r) * groups + group]);

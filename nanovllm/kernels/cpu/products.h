@@ -106,6 +106,9 @@ inline IntRegister broadcast(const Byte* x) {
     return four - IntRegister{};
 }
 
+// Products of bytes and whole numbers of 16 bits, of at most 127 * 256, are summed up in two parts, between which
+// `next_part` is called: the upper and the lower 8 bits of these numbers where bytes are multiplied, else those beside
+// the even and the odd bytes. A part of four numbers has four bytes, which `split` fills in for n of them.
 #ifdef HAS_INT8_DOT
 
 inline Ints part_of(Ints quads, int64_t) { return quads; }
@@ -113,16 +116,30 @@ inline Ints multiply_add(Ints sum, Ints weights, IntRegister x) {
     return apply([=](IntRegister sum, IntRegister weights) { return dot_int8(sum, x, weights); }, sum, weights);
 }
 
+inline IntRegister next_part(IntRegister sum) { return sum << 8; }
+inline IntRegister add_part(IntRegister sum, IntRegister bytes, IntRegister numbers, int) {
+    return dot_int8(sum, bytes, numbers);
+}
+inline void split(const int32_t* x, int64_t n, int8_t* first, int8_t* second) {
+    for (int64_t i = 0; i < n; i++) first[i] = (x[i] + 128) >> 8, second[i] = x[i];
+}
+
 #else
 
-inline Ints part_of(Ints quads, int64_t part) {
-    auto second = [](IntRegister x) { return (IntRegister)((ShortRegister)x >> 8); };
-    auto first = [](IntRegister x) { return (IntRegister)(ShortRegister(ShortRegister(x) << 8) >> 8); };
-    return part == 0 ? apply(first, quads) : apply(second, quads);
-}
+inline IntRegister even_bytes(IntRegister x) { return (IntRegister)(ShortRegister(ShortRegister(x) << 8) >> 8); }
+inline IntRegister odd_bytes(IntRegister x) { return (IntRegister)((ShortRegister)x >> 8); }
+inline Ints part_of(Ints quads, int64_t part) { return part == 0 ? apply(even_bytes, quads) : apply(odd_bytes, quads); }
 inline Ints multiply_add(Ints sum, Ints weights, IntRegister x) {
     return apply([=](IntRegister s, IntRegister w) { return dot_int16(s, (ShortRegister)x, (ShortRegister)w); }, sum,
                  weights);
+}
+
+inline IntRegister next_part(IntRegister sum) { return sum; }
+inline IntRegister add_part(IntRegister sum, IntRegister bytes, IntRegister numbers, int part) {
+    return dot_int16(sum, (ShortRegister)(part == 0 ? even_bytes(bytes) : odd_bytes(bytes)), (ShortRegister)numbers);
+}
+inline void split(const int32_t* x, int64_t n, int8_t* first, int8_t* second) {
+    for (int64_t i = 0; i < n / 2; i++) ((int16_t*)first)[i] = x[2 * i], ((int16_t*)second)[i] = x[2 * i + 1];
 }
 
 #endif

@@ -21,6 +21,23 @@ inline void store_sums(float* to, const FloatRegister* x) {
     __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)));
 }
+inline void store_sums(int32_t* to, const IntRegister* x) {
+    auto add_pairs = [](auto a, auto b) { return _mm256_hadd_epi32((__m256i)a, (__m256i)b); };
+    __m256i a = add_pairs(add_pairs(x[0], x[1]), add_pairs(x[2], x[3]));
+    _mm_storeu_si128((__m128i*)to, _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
+}
+
+// Of each 128 bits the lower halves of both, zipped, and the upper ones.
+inline void zip_bytes(IntRegister& a, IntRegister& b) {
+    __m256i first = (__m256i)a, second = (__m256i)b;
+    a = (IntRegister)_mm256_unpacklo_epi8(first, second);
+    b = (IntRegister)_mm256_unpackhi_epi8(first, second);
+}
+inline void zip_shorts(IntRegister& a, IntRegister& b) {
+    __m256i first = (__m256i)a, second = (__m256i)b;
+    a = (IntRegister)_mm256_unpacklo_epi16(first, second);
+    b = (IntRegister)_mm256_unpackhi_epi16(first, second);
+}
 
 #ifdef __AVXVNNI__
 #define HAS_INT8_DOT

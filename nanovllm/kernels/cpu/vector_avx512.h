@@ -65,13 +65,29 @@ inline V load_first(const bf16* x, int64_t n) {
 }
 
 // The sums of the lanes of four registers.
-inline void store_sums(float* to, const FloatRegister* x) {
-    __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-    __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-    __m512 c = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))));
-    __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
+template <class V>
+inline void store_sums(void* to, const V* x) {
+    auto floats = [](V x) { return (__m512)x; };
+    auto add_pairs = [&](V a, V b) {
+        return V(_mm512_unpacklo_ps(floats(a), floats(b))) + V(_mm512_unpackhi_ps(floats(a), floats(b)));
+    };
+    __m512d a = (__m512d)add_pairs(x[0], x[1]), b = (__m512d)add_pairs(x[2], x[3]);
+    V sums = V(_mm512_unpacklo_pd(a, b)) + V(_mm512_unpackhi_pd(a, b));
+    sums += V(_mm512_shuffle_f32x4(floats(sums), floats(sums), 0x4e));
+    sums += V(_mm512_shuffle_f32x4(floats(sums), floats(sums), 0xb1));
+    _mm_storeu_ps((float*)to, _mm512_castps512_ps128(floats(sums)));
+}
+
+// Of each 128 bits the lower halves of both, zipped, and the upper ones.
+inline void zip_bytes(IntRegister& a, IntRegister& b) {
+    __m512i first = (__m512i)a, second = (__m512i)b;
+    a = (IntRegister)_mm512_unpacklo_epi8(first, second);
+    b = (IntRegister)_mm512_unpackhi_epi8(first, second);
+}
+inline void zip_shorts(IntRegister& a, IntRegister& b) {
+    __m512i first = (__m512i)a, second = (__m512i)b;
+    a = (IntRegister)_mm512_unpacklo_epi16(first, second);
+    b = (IntRegister)_mm512_unpackhi_epi16(first, second);
 }
 
 #ifdef __AVX512BF16__

@@ -19,6 +19,20 @@ inline Lanes lanes_of(IntRegister mask) {
 inline void store_sums(float* to, const FloatRegister* x) {
     vst1q_f32(to, vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])));
 }
+inline void store_sums(int32_t* to, const IntRegister* x) {
+    vst1q_s32(to, vpaddq_s32(vpaddq_s32(x[0], x[1]), vpaddq_s32(x[2], x[3])));
+}
+
+inline void zip_bytes(IntRegister& a, IntRegister& b) {
+    int8x16_t first = (int8x16_t)a, second = (int8x16_t)b;
+    a = (IntRegister)vzip1q_s8(first, second);
+    b = (IntRegister)vzip2q_s8(first, second);
+}
+inline void zip_shorts(IntRegister& a, IntRegister& b) {
+    int16x8_t first = (int16x8_t)a, second = (int16x8_t)b;
+    a = (IntRegister)vzip1q_s16(first, second);
+    b = (IntRegister)vzip2q_s16(first, second);
+}
 
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 #define HAS_BF16_DOT
