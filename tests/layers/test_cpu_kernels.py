@@ -144,6 +144,41 @@ def test_a_token_attends_alike_alone_and_in_any_chunk(group, head_dim):
 
 
 @on_each_target
+@pytest.mark.parametrize("dtype", [BF16, torch.uint8])
+def test_long_contexts_come_out_alike_however_many_threads_share_their_keys(dtype):
+    """Alone, beside others, and as a chunk across the end of a span of 2,048 keys."""
+    torch.manual_seed(0)
+    lens, block_size = torch.tensor([4500, 2049, 70, 2048]), 64
+    k, v = (torch.randn(4500, 2, 64).to(BF16) for _ in "kv")
+    q = (3 * torch.randn(len(lens), 4, 64)).to(BF16)
+    row = 64 + (cpu_kernels.SCALE_BYTES if dtype == torch.uint8 else 0)
+    caches = [torch.zeros(71, 2, block_size, row, dtype=dtype) for _ in "kv"]  # all sequences begin alike
+    cpu_kernels.store(k, caches[0], torch.arange(4500)), cpu_kernels.store(v, caches[1], torch.arange(4500))
+    tables, expected = torch.arange(71).int().expand(len(lens), -1).contiguous(), None
+    chunk = (3 * torch.randn(20, 4, 64)).to(BF16)
+    ends = torch.arange(2040, 2060).int()
+    chunk_tables = tables[:1].expand(20, -1).contiguous()
+    together = Context(torch.tensor([0, 20]).int(), context_lens=ends[-1:], block_tables=tables[:1])
+    try:
+        for num_threads in (1, 3, 64):
+            cpu_kernels.set_num_threads(num_threads)
+            found = cpu_kernels.attend(q, *caches, Context(context_lens=lens.int(), block_tables=tables))
+            for i in range(len(lens)):
+                alone = Context(context_lens=lens[i : i + 1].int(), block_tables=tables[:1])
+                assert torch.equal(cpu_kernels.attend(q[i : i + 1], *caches, alone), found[i : i + 1])
+            singly = cpu_kernels.attend(chunk, *caches, Context(context_lens=ends, block_tables=chunk_tables))
+            assert torch.equal(cpu_kernels.attend(chunk, *caches, together), singly)
+            expected = found if expected is None else expected
+            assert torch.equal(found, expected)
+    finally:
+        cpu_kernels.set_num_threads(0)
+    for i, n in enumerate(lens.tolist()):
+        keys, values = (x[:n].repeat_interleave(2, 1).transpose(0, 1).double() for x in (k, v))
+        exact = F.scaled_dot_product_attention(q[i, :, None].double(), keys, values)[:, 0]
+        assert relative_error(found[i], exact) < (0.01 if dtype == BF16 else 0.03)
+
+
+@on_each_target
 @pytest.mark.parametrize("scales", [torch.float16, BF16, torch.float32])
 @pytest.mark.parametrize("has_zeros", [True, False])
 @pytest.mark.parametrize(

@@ -163,8 +163,7 @@ struct Attention {  // of a task
         });
     }
 
-    void write_row(int64_t r, float inverse, bf16* out, int64_t d) const {
-        const float* sums = rows.sums[r];
+    static void write_row(const float* sums, float inverse, bf16* out, int64_t d) {
         for (int64_t c = 0; c < d; c += 32)
             store_columns(out + c, load(sums + c) * all(inverse), load(sums + c + 16) * all(inverse), d - c);
     }
@@ -206,8 +205,8 @@ EXPORT void copy_blocks(char* k_cache, char* v_cache, const int64_t* copies, int
 EXPORT void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const int32_t* bounds, const int32_t* lens,
                    const int32_t* tables, int64_t columns, int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads,
                    int64_t d, int64_t block_size, int64_t k_stride, int64_t v_stride) {
-    attend_with<Attention>(q, k, v, out, bounds, lens, tables, columns, num_seqs, num_heads, num_kv_heads, d,
-                           block_size, k_stride, v_stride);
+    attend_with<Attention, bf16>({q, k, v, out, bounds, lens, tables, columns, num_seqs, num_heads, num_kv_heads, d,
+                                  block_size, k_stride, v_stride});
 }
 
 REPLAYABLE(store_kv)

@@ -8,6 +8,8 @@
 
 #pragma once
 
+#include <memory>
+
 #include "amx.h"
 #include "common.h"
 
@@ -15,6 +17,7 @@ namespace {
 
 constexpr int64_t KEYS = 64;      // of a tile
 constexpr int64_t ROWS = 32;      // query rows of a task
+constexpr int64_t SPAN = 2048;    // keys that are summed up by themselves, so that threads can share a row's
 constexpr int64_t MAX_DIM = 256;  // of a head
 constexpr float LOG2_E = 1.44269504f;
 
@@ -73,10 +76,30 @@ struct Keys {  // of one KV head of one sequence
     }
 };
 
-struct Rows {  // of one task
+struct Rows {  // of one task, and what is summed up for them
     float sums[ROWS][MAX_DIM];  // of values
     float maxima[ROWS], totals[ROWS];
     int64_t limits[ROWS];  // keys that the row may see
+
+    void clear(int64_t num_rows, int64_t d) {
+        for (int64_t r = 0; r < num_rows; r++) {
+            maxima[r] = -1e30f;  // finite, for what a row does not see is -infinity
+            totals[r] = 0;
+            std::fill(sums[r], sums[r] + padded(d), 0.0f);
+        }
+    }
+
+    // Adds what was summed up over the keys that follow. Rows that see none of them have sums of 0.
+    void add(const Rows& next, int64_t num_rows, int64_t d) {
+        for (int64_t r = 0; r < num_rows; r++) {
+            float maximum = std::max(maxima[r], next.maxima[r]);
+            float factor = std::exp2(maxima[r] - maximum), next_factor = std::exp2(next.maxima[r] - maximum);
+            maxima[r] = maximum;
+            totals[r] = totals[r] * factor + next.totals[r] * next_factor;
+            for (int64_t c = 0; c < padded(d); c++)
+                sums[r][c] = sums[r][c] * factor + next.sums[r][c] * next_factor;
+        }
+    }
 };
 
 // What is read next is fetched from memory meanwhile.
@@ -121,60 +144,118 @@ void each_rows(const Rows& rows, int64_t num_rows, int64_t start, F&& f) {
 
 struct Task {
     int64_t seq, head, first, end;  // rows of the sequence
+    int64_t from, to;               // keys that they are multiplied with
 };
 
-// See `attend` and `attend_int8`. Method has what a task keeps: its rows, the queries in a form of their own, and the
-// functions that are called here.
-template <class Method, class T>
-void attend_with(const bf16* q, const T* k, const T* v, bf16* out, const int32_t* bounds, const int32_t* lens,
-                 const int32_t* tables, int64_t columns, int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads,
-                 int64_t d, int64_t block_size, int64_t k_stride, int64_t v_stride) {
-    int64_t group = num_heads / num_kv_heads;
-    std::vector<Task> tasks;
-    for (int64_t s = 0; s < num_seqs; s++) {
-        int64_t rows = (bounds ? bounds[s + 1] - bounds[s] : 1) * group;
-        for (int64_t h = 0; h < num_kv_heads; h++)
-            for (int64_t first = 0; first < rows; first += ROWS)
-                tasks.push_back({s, h, first, std::min(rows, first + ROWS)});
+// What `attend` and `attend_int8` are given.
+template <class T>
+struct Inputs {
+    const bf16* q;
+    const T *k, *v;
+    bf16* out;
+    const int32_t *bounds, *lens, *tables;
+    int64_t columns, num_seqs, num_heads, num_kv_heads, d, block_size, k_stride, v_stride;
+
+    int64_t group() const { return num_heads / num_kv_heads; }
+    int64_t start(int64_t s) const { return bounds ? bounds[s] : s; }
+    int64_t num_queries(int64_t s) const { return bounds ? bounds[s + 1] - bounds[s] : 1; }
+
+    // Where the query of a row is, and its result.
+    int64_t place(const Task& task, int64_t row) const {
+        return ((start(task.seq) + row / group()) * num_heads + task.head * group() + row % group()) * d;
     }
-    parallel_for(tasks.size(), 2, [&](int64_t i) {
-        auto [s, h, first, end] = tasks[i];
-        int64_t start = bounds ? bounds[s] : s, num_queries = bounds ? bounds[s + 1] - start : 1;
-        int64_t block = block_size * (d + (Keys<T>::HAS_SCALES ? 4 : 0));
-        Keys<T> keys{k, v, nullptr, lens[s], 0, k_stride, v_stride};
-        if (tables) keys = {k, v, tables + s * columns, block_size, num_kv_heads * block, d, d};
-        keys.k += tables ? h * block : start * k_stride + h * d;
-        keys.v += tables ? h * block : start * v_stride + h * d;
-        alignas(64) Method task;
-        Rows& rows = task.rows;
-        int64_t num_rows = end - first;
-        auto place = [&](int64_t r) {  // of a row's query
-            return ((start + (first + r) / group) * num_heads + h * group + (first + r) % group) * d;
-        };
-        for (int64_t r = 0; r < num_rows; r++) {
-            task.set_query(r, q + place(r), d);
-            rows.limits[r] = lens[s] - num_queries + (first + r) / group + 1;
-            rows.maxima[r] = -INFINITY;
-            rows.totals[r] = 0;
-            std::fill(rows.sums[r], rows.sums[r] + padded(d), 0.0f);
+
+    // How many keys a row sees.
+    int64_t limit(int64_t s, int64_t row) const { return lens[s] - num_queries(s) + row / group() + 1; }
+
+    Keys<T> keys(const Task& task) const {
+        if (!tables) {
+            int64_t token = start(task.seq), head = task.head * d;
+            return {k + token * k_stride + head, v + token * v_stride + head, nullptr, lens[task.seq], 0, k_stride,
+                    v_stride};
         }
-        int64_t limit = rows.limits[num_rows - 1];
-        Copy<T> copies[2];
-        auto find_tile = [&](int64_t from) {
-            return keys.tile(from, std::min(limit - from, KEYS), d, copies[from / KEYS % 2]);
-        };
-        auto each_tile = [&](auto&& f) {
-            Tile<T> tile, next = find_tile(0);
-            for (int64_t from = 0; from < limit; from += KEYS) {
+        int64_t block = block_size * (d + (Keys<T>::HAS_SCALES ? 4 : 0)), head = task.head * block;
+        return {k + head, v + head, tables + task.seq * columns, block_size, num_kv_heads * block, d, d};
+    }
+
+    std::vector<Task> tasks() const {
+        std::vector<Task> found;
+        for (int64_t s = 0; s < num_seqs; s++)
+            for (int64_t h = 0, rows = num_queries(s) * group(); h < num_kv_heads; h++)
+                for (int64_t first = 0, end; first < rows; first = end) {
+                    end = std::min(rows, first + ROWS);
+                    found.push_back({s, h, first, end, 0, limit(s, end - 1)});
+                }
+        return found;
+    }
+};
+
+// A task's sums, in its method's `rows`: of each span by itself, which are then added up, so that they are the same
+// whoever computes them. Method has what a task keeps: its rows, and the queries in a form of their own.
+template <class Method, class T>
+void attend_task(Method& method, const Inputs<T>& in, const Task& task) {
+    Keys<T> keys = in.keys(task);
+    Rows& rows = method.rows;
+    int64_t num_rows = task.end - task.first;
+    for (int64_t r = 0; r < num_rows; r++) {
+        method.set_query(r, in.q + in.place(task, task.first + r), in.d);
+        rows.limits[r] = in.limit(task.seq, task.first + r);
+    }
+    Copy<T> copies[2];
+    auto find_tile = [&](int64_t at) {
+        return keys.tile(at, std::min(task.to - at, KEYS), in.d, copies[at / KEYS % 2]);
+    };
+    std::unique_ptr<Rows> before;
+    for (int64_t from = task.from, to; from < task.to; from = to) {
+        to = std::min(task.to, from + SPAN);
+        rows.clear(num_rows, in.d);
+        method.attend(num_rows, keys, in.d, [&](auto&& f) {
+            Tile<T> tile, next = find_tile(from);
+            for (int64_t at = from; at < to; at += KEYS) {
                 tile = next;
-                if (from + KEYS < limit) next = find_tile(from + KEYS);
+                if (at + KEYS < to) next = find_tile(at + KEYS);
                 tile.next_k = next.k, tile.next_v = next.v;
                 f(tile);
             }
-        };
-        task.attend(num_rows, keys, d, each_tile);
-        for (int64_t r = 0; r < num_rows; r++)
-            task.write_row(r, rows.totals[r] > 0 ? 1 / rows.totals[r] : 0, out + place(r), d);
+        });
+        if (before) before->add(rows, num_rows, in.d);
+        else if (to < task.to) before.reset(new Rows(rows));
+    }
+    if (before) rows = *before;
+}
+
+// Tasks that are few, for the threads that there are, are cut into one for each span.
+template <class Method, class T>
+void attend_with(const Inputs<T>& in) {
+    std::vector<Task> tasks = in.tasks(), parts;
+    std::vector<int64_t> first_part;
+    bool is_cut = int64_t(tasks.size()) < 4 * my_threads().count;
+    for (Task task : tasks) {
+        first_part.push_back(parts.size());
+        for (int64_t to = task.to, step = is_cut ? SPAN : to; task.from < to; task.from += step) {
+            task.to = std::min(to, task.from + step);
+            parts.push_back(task);
+        }
+    }
+    first_part.push_back(parts.size());
+    is_cut = parts.size() > tasks.size();
+    std::unique_ptr<Rows[]> sums(is_cut ? new Rows[parts.size()] : nullptr);
+    auto write = [&](const Task& task, const Rows& rows) {
+        for (int64_t r = 0; r < task.end - task.first; r++)
+            Method::write_row(rows.sums[r], 1 / rows.totals[r], in.out + in.place(task, task.first + r), in.d);
+    };
+    parallel_for(parts.size(), 2, [&](int64_t i) {
+        alignas(64) Method method;
+        attend_task(method, in, parts[i]);
+        if (is_cut) sums[i] = method.rows;
+        else write(parts[i], method.rows);
+    });
+    if (!is_cut) return;
+    parallel_for(tasks.size(), 2, [&](int64_t i) {
+        Rows& total = sums[first_part[i]];
+        for (int64_t part = first_part[i] + 1; part < first_part[i + 1]; part++)
+            total.add(sums[part], tasks[i].end - tasks[i].first, in.d);
+        write(tasks[i], total);
     });
 }
 

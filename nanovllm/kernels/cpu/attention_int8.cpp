@@ -245,10 +245,10 @@ struct Int8Attention {  // of a task
         });
     }
 
-    void write_row(int64_t r, float inverse, bf16* out, int64_t d) const {
+    static void write_row(const float* zipped, float inverse, bf16* out, int64_t d) {
         float sums[MAX_DIM];  // in the columns' order, which zipping has changed
         for (int64_t c = 0; c < d; c++)
-            sums[c] = rows.sums[r][c / BYTES * BYTES + c % 16 / 4 * WIDTH + c % BYTES / 16 * 4 + c % 4];
+            sums[c] = zipped[c / BYTES * BYTES + c % 16 / 4 * WIDTH + c % BYTES / 16 * 4 + c % 4];
         for (int64_t c = 0; c < d; c += 16) store16(out + c, load(sums + c) * all(inverse), d - c);
     }
 };
@@ -279,8 +279,8 @@ EXPORT void store_kv_int8(const bf16* x, int64_t stride, uint8_t* cache, const i
 EXPORT void attend_int8(const bf16* q, const uint8_t* k, const uint8_t* v, bf16* out, const int32_t* bounds,
                         const int32_t* lens, const int32_t* tables, int64_t columns, int64_t num_seqs,
                         int64_t num_heads, int64_t num_kv_heads, int64_t d, int64_t block_size) {
-    attend_with<Int8Attention>(q, k, v, out, bounds, lens, tables, columns, num_seqs, num_heads, num_kv_heads, d,
-                               block_size, d, d);
+    attend_with<Int8Attention, uint8_t>({q, k, v, out, bounds, lens, tables, columns, num_seqs, num_heads,
+                                         num_kv_heads, d, block_size, d, d});
 }
 
 REPLAYABLE(store_kv_int8)
