@@ -48,7 +48,7 @@ from benchmarks import control_plane, parts, sampling, shared_prefix, structured
 from benchmarks.checkpoint import model_directory, save_checkpoint
 from benchmarks.engines import OTHER_ENGINES
 from benchmarks.machine import measure_rates, peak_memory
-from benchmarks.model_cost import ModelCost, weight_bits
+from benchmarks.model_cost import ModelCost, cache_row_bytes, weight_bits
 from benchmarks.options import complete, engine_options, make_config, make_parser
 from benchmarks.workload import Figures, Generate, Report, Workload, lengths_of, make_workload, timed
 from nanovllm import LLM, SamplingParams
@@ -128,7 +128,7 @@ def throughput(args: Namespace, config: Config) -> Figures:
     figures = lengths._asdict() | {"prompt_tokens": workload.prompt_tokens} | generate_once(args, config, workload)
     gc.collect()  # the engine's memory goes before the machine is measured
     flop_rate, bandwidth = map(max, rates_before, measure_rates(config))
-    cost = ModelCost(config.hf_config, config.dtype.itemsize, weight_bits(config))
+    cost = ModelCost(config.hf_config, config.dtype.itemsize, weight_bits(config), cache_row_bytes(config))
     prefill, decode = floor_seconds(workload, cost, flop_rate, bandwidth, config.max_num_seqs)
     seconds, num_tokens = figures["seconds"], workload.prompt_tokens + workload.output_tokens
     figures |= {"output_tokens_per_s": workload.output_tokens / seconds, "total_tokens_per_s": num_tokens / seconds}

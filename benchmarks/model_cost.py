@@ -5,6 +5,7 @@ import torch
 from transformers import PretrainedConfig
 
 from nanovllm.config import Config
+from nanovllm.kernels.cpu import SCALE_BYTES
 
 Counts = int | float | np.ndarray  # of one step, or of each of many
 
@@ -14,11 +15,15 @@ class ModelCost:
 
     Args:
         model: Its dimensions.
-        itemsize: Bytes of a cached number, and of a weight unless `weight_bits` says otherwise.
+        itemsize: Bytes of a number, cached or a weight, unless what follows says otherwise.
         weight_bits: Of a weight of the layers, and of the LM head.
+        row_bytes: Of a key, and of a value, of a head in the cache.
     """
 
-    def __init__(self, model: PretrainedConfig, itemsize: int, weight_bits: tuple[float, float] | None = None):
+    def __init__(
+        self, model: PretrainedConfig, itemsize: int, weight_bits: tuple[float, float] | None = None,
+        row_bytes: int | None = None
+    ):  # fmt: skip
         self.layer_size, self.head_size = (bits / 8 for bits in weight_bits) if weight_bits else (itemsize, itemsize)
         layers, hidden, head_dim = model.num_hidden_layers, model.hidden_size, model.head_dim
         heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
@@ -26,7 +31,7 @@ class ModelCost:
         self.expert_params, self.num_chosen, self.num_experts, num_sparse = experts_of(model)
         self.dense_params = layers * attention + (layers - num_sparse) * 3 * hidden * model.intermediate_size
         self.head_params = model.vocab_size * hidden
-        self.token_bytes = layers * 2 * kv_heads * head_dim * itemsize  # keys and values of one token
+        self.token_bytes = layers * 2 * kv_heads * (row_bytes or head_dim * itemsize)  # keys and values of one token
         self.pair_flops = layers * 4 * heads * head_dim  # of a query and a key
 
     def flops(self, num_tokens: Counts, num_logits: Counts, num_pairs: Counts) -> Counts:
@@ -59,3 +64,9 @@ def weight_bits(config: Config) -> tuple[float, float]:
     if weights.is_plain:
         return plain, plain
     return (4 if weights.dtype == torch.uint8 else 8) + (24 / weights.group_size if weights.group_size else 0), plain
+
+
+def cache_row_bytes(config: Config) -> int:
+    """Of a key, or a value, of a head."""
+    head_dim = config.hf_config.head_dim
+    return head_dim + SCALE_BYTES if config.kv_cache_dtype == "int8" else head_dim * config.dtype.itemsize

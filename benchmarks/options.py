@@ -26,6 +26,7 @@ ENGINE_OPTIONS = {  # fields of Config, with their defaults
     "kvcache_block_size": "tokens in a block of the KV cache",
     "num_kvcache_blocks": "-1 fills the memory budget",
     "quantization": "int8 or int4, of a model in 16 bits (nanovllm)",
+    "kv_cache_dtype": "auto or int8 (nanovllm, on a CPU)",
 }
 CHOSEN = {"max_num_batched_tokens": "16384, on a CPU 1024", "kvcache_block_size": "64, for FlashAttention 2 256"}
 

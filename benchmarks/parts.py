@@ -8,6 +8,7 @@ from time import perf_counter
 from unittest.mock import patch
 
 from benchmarks.machine import measure_rates
+from benchmarks.model_cost import cache_row_bytes
 from benchmarks.options import engine_options
 from benchmarks.workload import Figures, lengths_of, make_workload
 from nanovllm import LLM, SamplingParams
@@ -15,7 +16,8 @@ from nanovllm.config import Config
 from nanovllm.kernels import cpu as cpu_kernels
 
 PART_OF = {  # of a kernel
-    "linear_bf16": "products", "linear_int8": "products", "attend": "attention", "store_kv": "attention",
+    "linear_bf16": "products", "linear_int8": "products", "linear_int4": "products",
+    "attend": "attention", "attend_int8": "attention", "store_kv": "attention", "store_kv_int8": "attention",
     "sample": "sampling", "token_logprobs": "sampling",
 }  # fmt: skip
 PARTS = ("products", "attention", "sampling", "small operations", "Python, rest")
@@ -31,7 +33,7 @@ REPORT = [
 
 
 @contextmanager
-def watched_kernels(itemsize: int) -> Iterator[Counter]:
+def watched_kernels(row_bytes: int) -> Iterator[Counter]:
     """Sums up, while it is open, the seconds of each part, and as "bytes" the keys and values that attention reads."""
     call, spent = cpu_kernels.call, Counter()
 
@@ -39,9 +41,9 @@ def watched_kernels(itemsize: int) -> Iterator[Counter]:
         start = perf_counter()
         call(name, *arguments)
         spent[PART_OF.get(name, "small operations")] += perf_counter() - start
-        if name == "attend":  # of all tokens that the step sees
-            lens, num_kv_heads, head_dim = arguments[5], *arguments[10:12]
-            spent["bytes"] += int(lens.sum()) * 2 * num_kv_heads * head_dim * itemsize
+        if name in ("attend", "attend_int8"):  # of all tokens that the step sees
+            lens, num_kv_heads = arguments[5], arguments[10]
+            spent["bytes"] += int(lens.sum()) * 2 * num_kv_heads * row_bytes
 
     with patch.object(cpu_kernels, "call", timed_call):
         yield spent
@@ -54,7 +56,7 @@ def measure(args: Namespace, config: Config) -> Figures:
     for prompt, n in zip(workload.prompts, workload.output_lens, strict=True):
         llm.add_request(prompt, SamplingParams(args.temperature, max_tokens=n, ignore_eos=True))
     phases = {"prefill": Counter(), "decode": Counter()}
-    with watched_kernels(config.dtype.itemsize) as spent:
+    with watched_kernels(cache_row_bytes(config)) as spent:
         while not llm.is_finished():
             spent.clear()
             start = perf_counter()

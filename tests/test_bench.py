@@ -99,6 +99,7 @@ def test_default_model_has_the_size_of_qwen3_0_6b():
     model = make_config(**{name: value for name, value in checkpoint.QWEN3_0_6B.items() if name != "model_type"})
     _, decode = bench.floor_seconds(Workload([[0]], [2]), ModelCost(model, 2), float("inf"), 1.0, 8)
     assert decode == 2 * 596_048_896 + 2 * 114_688  # all but the final norm, 2 tokens cached
+    assert ModelCost(model, 2, row_bytes=132).token_bytes == 114_688 * 132 / 256
 
 
 def test_table_has_a_line_for_each_figure(tiny_model, capsys):
@@ -272,18 +273,20 @@ def test_mistakes_are_explained(monkeypatch, capsys, argv, message):
 
 
 @pytest.mark.skipif(cpu_kernels.load_kernels() is None, reason="no kernels for this processor, or no compiler")
-def test_shares_of_time_add_up_and_attention_reads_all_keys(capsys, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--kv-cache-dtype=int8", "--quantization=int4"]], ids=str)
+def test_shares_of_time_add_up_and_attention_reads_all_keys(options, capsys, monkeypatch):
     monkeypatch.setattr(parts, "measure_rates", lambda config: (1e9, 1e9))
     lengths = [f"--{kind}-{what}-len={n}" for what, n in (("input", 9), ("output", 3)) for kind in ("min", "max")]
     call = cpu_kernels.call
-    bench.main(["--parts", "--json", "--dtype=bfloat16", "--num-seqs=3", f"--model={DEMO_MODEL}", *lengths])
+    bench.main(["--parts", "--json", "--dtype=bfloat16", "--num-seqs=3", f"--model={DEMO_MODEL}", *lengths, *options])
     figures = json.loads(capsys.readouterr().out)
     assert cpu_kernels.call is call
     for phase in ("prefill", "decode"):
         shares = [figures[f"{phase} {part}"] for part in parts.PARTS]
         assert sum(shares) == pytest.approx(100) and all(share > 0 for share in shares)
     config = json.loads((DEMO_MODEL / "config.json").read_text())
-    token_bytes = 4 * config["num_key_value_heads"] * config["head_dim"] * config["num_hidden_layers"]
+    row_bytes = config["head_dim"] + 4 if options else 2 * config["head_dim"]  # with a scale
+    token_bytes = 2 * config["num_key_value_heads"] * row_bytes * config["num_hidden_layers"]
     seconds = figures["decode_seconds"] * figures["decode attention"] / 100
     num_keys = 3 * (10 + 11)  # in the two decode steps of each sequence
     assert figures["decode_attention_gbytes_per_s"] * 1e9 * seconds == pytest.approx(num_keys * token_bytes)
