@@ -258,7 +258,7 @@ class Masks(NamedTuple):
     """Of the R tokens to sample."""
 
     rows: list[int]  # [M], ascending
-    allowed: np.ndarray  # [M, ceil(V / 32)] int32: bit i % 32 of word i // 32 says whether token i may be sampled
+    allowed: np.ndarray  # [M, ceil(V / 32)] int32, see `Options.masks`
     certain: dict[int, int]  # row -> its token, whatever would be sampled
 
 

@@ -25,7 +25,7 @@ from nanovllm.engine.detokenizer import TextStream
 from nanovllm.engine.engine_loop import EngineLoop
 from nanovllm.engine.grammar import Grammars
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.parallel_runner import ParallelRunner
+from nanovllm.engine.parallel_runner import make_runner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.workers import begin_child
@@ -204,7 +204,7 @@ class Replica:
 
     def __init__(self, connection: Connection, config: Config):
         self._connection, self._config = connection, config
-        runner = ModelRunner(config) if config.tensor_parallel_size == 1 else ParallelRunner(config)
+        runner = make_runner(config)  # which says how large the cache is
         self._loop = ReportingLoop(runner, Scheduler.of(config))
 
     def serve(self) -> None:

@@ -129,12 +129,12 @@ def test_products_of_a_row_are_the_same_among_any_number_of_rows(n, k, dtype):
     x = torch.randn(80, k + 16).to(DEVICE, dtype)[:, :k]
     for shift in (None, bias):
         whole = weight.linear(x, shift)
-        exact = x.double() @ weight.weight.double().T + (0 if shift is None else shift.double())
+        exact = x.double() @ weight.values.double().T + (0 if shift is None else shift.double())
         torch.testing.assert_close(whole.double(), exact, rtol=TOLERANCE[dtype], atol=20 * TOLERANCE[dtype])
         for start, end in ((0, 1), (63, 65), (7, 79)):
             assert torch.equal(weight.linear(x[start:end], shift), whole[start:end])
     ids = torch.tensor([n - 1, 0, 5], device=DEVICE)
-    assert torch.equal(weight.rows(ids), weight.weight[ids]) and weight.shape == (n, k)
+    assert torch.equal(weight.rows(ids), weight.values[ids]) and weight.shape == (n, k)
 
 
 # ---- binaries
