@@ -23,7 +23,6 @@ SLOW_NAMES = (
     "no_batch_compiles_anything",
     "killed_at_any_moment",
     "memory_does_not_grow",
-    "outlives_one",
     "no_port_is_open_beyond",
     "no_port_is_open_for",
     "in_a_terminal",

@@ -30,10 +30,12 @@ def test_the_example_explains_itself(monkeypatch, capsys):
     assert "python example.py Qwen/Qwen3-0.6B" in capsys.readouterr().out
 
 
-def test_the_example_answers_without_arguments():
-    done = subprocess.run([sys.executable, "example.py"], check=True, capture_output=True, text=True, cwd=ROOT)
-    assert "Prompt: introduce yourself\nCompletion: I am nano-qwen3" in done.stdout
-    assert "97." in done.stdout
+def test_the_example_answers_without_arguments(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["example.py"])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("example.py", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "Prompt: introduce yourself\nCompletion: I am nano-qwen3" in printed and "97." in printed
 
 
 def test_the_checkpoint_is_small_enough_for_git():

@@ -30,11 +30,10 @@ sys.exit(gpu_checks.main(sys.argv[1:]))
 """
 
 
-def test_without_a_gpu_it_says_so_and_exits_with_2():
+def test_without_a_gpu_it_says_so_and_exits_with_2(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = subprocess.run([sys.executable, "-m", "tests.gpu_checks"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "no GPU" in done.stdout
+    assert gpu_checks.main([]) == 2 and "no GPU" in capsys.readouterr().out
 
 
 def test_neither_an_error_nor_a_crash_nor_a_hang_ends_the_others(monkeypatch, tmp_path, capsys):

@@ -35,7 +35,7 @@ MODELS_TO_TRY = {
          "original_max_position_embeddings": 128},
     ),
 }  # fmt: skip
-ON_TWO_RANKS = ("llama-bias", "qwen2-tied", "phi4-partial", "qwen3-moe")
+ON_TWO_RANKS = "llama-bias", "phi4-partial", "qwen3-moe"  # biases, projections in one tensor with a tied head, experts
 MODELS_TO_TRY |= {
     "qwen3-moe": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": True}),
     "qwen3-moe-mixed": (
@@ -46,7 +46,6 @@ MODELS_TO_TRY |= {
 PRESSURES = {
     "plain": {},
     "chunked, preempted": {"max_num_batched_tokens": 11, "num_kvcache_blocks": 13},
-    "two ranks": {"tensor_parallel_size": 2},
 }
 
 
@@ -59,21 +58,30 @@ def checkpoint(request, tmp_path_factory):
     assert len(list(path.glob("*.safetensors"))) > 1
     prompts = random_prompts([1, 9, 24, 70])
     prompts += [prompts[3][:32] + prompts[1], list(prompts[2])]
-    return request.param, str(path), prompts, [reference_tokens(model, prompt, 20) for prompt in prompts]
+    return str(path), prompts, [reference_tokens(model, prompt, 20) for prompt in prompts]
 
 
-@pytest.mark.parametrize("pressure", ["plain", "chunked, preempted", pytest.param("two ranks", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", ON_TWO_RANKS, indirect=True)
+def test_two_ranks_give_the_same_greedy_tokens(checkpoint):
+    check_greedy_tokens(checkpoint, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("pressure", PRESSURES)
 def test_greedy_tokens_equal_transformers(checkpoint, pressure):
-    name, path, prompts, expected = checkpoint
-    if pressure == "two ranks" and name not in ON_TWO_RANKS:
-        pytest.skip("takes long")
-    settings = {"num_kvcache_blocks": 99, "kvcache_block_size": 8, "max_model_len": 128} | PRESSURES[pressure]
+    check_greedy_tokens(checkpoint, **PRESSURES[pressure])
+
+
+def check_greedy_tokens(checkpoint, **settings):
+    path, prompts, expected = checkpoint
+    is_preempted = "num_kvcache_blocks" in settings
+    settings = {"num_kvcache_blocks": 99, "kvcache_block_size": 8, "max_model_len": 128} | settings
     with LLM(path, dtype="float32", device="cpu", **settings) as llm:
         llm.scheduler.output_ratio = 0.0  # admits without foresight
         for _ in range(2):  # the second time everything is in the prefix cache
             outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
             assert [output["token_ids"] for output in outputs] == expected
-        assert (llm.scheduler.num_preemptions > 0) == ("preempted" in pressure)
+        assert (llm.scheduler.num_preemptions > 0) == is_preempted
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "qwen2-tied", "phi4-partial"])

@@ -25,9 +25,10 @@ from nanovllm.batch.lines import Item
 from nanovllm.batch.local import answer
 from nanovllm.engine.call_loop import News
 from nanovllm.engine.dispatch import Dispatcher
-from nanovllm.engine.unordered import END, Reader, failed_output
+from nanovllm.engine.unordered import failed_output
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
+from nanovllm.utils.reader import END, Reader
 
 try:
     import ray
@@ -162,7 +163,7 @@ class RayBackend:
         self._num_made = self._num_broken = 0  # of the latter none could ever load the model
         self._were_up: set[int] = set()
         self._is_down: set[int] = set()  # replicas that are to load the model when they are back
-        self._next_look = self._last_work = -math.inf
+        self._next_look = -math.inf
         self._stats: dict[int, dict[str, object]] = {}  # of each replica that is up, as they came last
         self._dispatcher = Dispatcher(capacity=0)
         self._news = News()  # items, their end, and what is to be called with a call's result

@@ -15,8 +15,8 @@ from nanovllm.batch.local import LocalBackend
 from nanovllm.batch.output import Ids, Output, checkpoint_digest
 from nanovllm.batch.report import Report
 from nanovllm.config import Config, resolve_model
-from nanovllm.engine.unordered import read_ahead
 from nanovllm.outputs import RequestOutput
+from nanovllm.utils.reader import read_ahead
 
 READ_AHEAD = 1024  # lines, while the model is loaded
 ORDER_WINDOW = 16384  # lines that may wait for an earlier one's answer with `in_order`

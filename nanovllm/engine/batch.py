@@ -150,14 +150,10 @@ class BatchBuilder:
 
 
 def _input_ids(seqs: list[Sequence], starts: np.ndarray, ends: np.ndarray, num_decode: int) -> np.ndarray:
-    decoding, tokens = seqs[:num_decode], []
-    if any(seq.draft_ids for seq in decoding):
-        last = list(chain.from_iterable((seq.token_ids[-1], *seq.draft_ids) for seq in decoding))
-    else:
-        last = [seq.token_ids[-1] for seq in decoding]
-    for seq, start, end in zip(seqs[num_decode:], starts[num_decode:], ends[num_decode:], strict=True):
-        tokens.append(np.frombuffer(seq.token_ids, dtype=np.int32)[start:end])
-    return np.concatenate([np.array(last, dtype=np.int64), *tokens])
+    last = list(chain.from_iterable((seq.token_ids[-1], *seq.draft_ids) for seq in seqs[:num_decode]))
+    parts = zip(seqs[num_decode:], starts[num_decode:], ends[num_decode:], strict=True)
+    chunks = [np.frombuffer(seq.token_ids, dtype=np.int32)[start:end] for seq, start, end in parts]
+    return np.concatenate([np.array(last, dtype=np.int64), *chunks])
 
 
 def find_slots(tables: np.ndarray, rows: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:
@@ -171,7 +167,7 @@ def _unscored_rows(seqs: list[Sequence], rows: np.ndarray, positions: np.ndarray
     wanted = [seq.unscored for seq in seqs]
     if not any(wanted):
         return None
-    starts, ends = np.array([(positions.start, positions.stop) for positions in wanted]).T[:, rows]
+    starts, ends = np.array([(span.start, span.stop) for span in wanted]).T[:, rows]
     found = np.flatnonzero((starts <= positions + 1) & (positions + 1 < ends))
     return found if len(found) else None
 

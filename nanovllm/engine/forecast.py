@@ -8,6 +8,12 @@ from nanovllm.engine.sequence import Sequence
 Load = tuple[int, int, float]  # of a sequence: blocks held, tokens, and tokens expected to come
 
 
+def learn_output_ratio(ratio: float, seq: Sequence) -> float:
+    """The share of `max_tokens` that requests use, a moving average, after one more has ended."""
+    allowed = seq.max_len - seq.num_prompt_tokens
+    return ratio + 0.1 * (seq.num_completion_tokens / allowed - ratio) if allowed > 0 else ratio
+
+
 class Forecast:
     """Of one step, for the sequences that run then and those that are added.
 

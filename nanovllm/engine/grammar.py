@@ -51,7 +51,6 @@ class Grammars:
         self._config, self._tokenizer = config, tokenizer
         self._compiled: OrderedDict[StructuredOutputs, Grammar] = OrderedDict()  # the latest used last
         self._lock = threading.Lock()
-        self.num_compiled = 0
 
     def check(self, outputs: StructuredOutputs, name: str) -> None:
         """Raises ValueError that begins with `name` if no completion can be what is asked for."""
@@ -64,10 +63,7 @@ class Grammars:
         """ValueError if it is wrong, or allows nothing."""
         with self._lock:
             grammar = self._compiled.pop(outputs, None)
-            if grammar is None:
-                grammar = Grammar(self._llguidance, outputs)
-                self.num_compiled += 1
-            self._compiled[outputs] = grammar
+            self._compiled[outputs] = grammar = grammar or Grammar(self._llguidance, outputs)
             if len(self._compiled) > MOST_GRAMMARS:
                 self._compiled.popitem(last=False)
             return grammar
@@ -258,7 +254,7 @@ class Masks(NamedTuple):
     """Of the R tokens to sample."""
 
     rows: list[int]  # [M], ascending
-    allowed: np.ndarray  # [M, ceil(V / 32)] int32: bit i % 32 of word i // 32 says whether token i may be sampled
+    allowed: np.ndarray  # [M, ceil(V / 32)] int32, see `Options.masks`
     certain: dict[int, int]  # row -> its token, whatever would be sampled
 
 

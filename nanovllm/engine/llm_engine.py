@@ -22,8 +22,7 @@ from nanovllm.engine.detokenizer import TextStream
 from nanovllm.engine.engine_loop import EngineLoop
 from nanovllm.engine.grammar import Grammars
 from nanovllm.engine.inputs import Params, Prompt, Prompts
-from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.parallel_runner import ParallelRunner
+from nanovllm.engine.parallel_runner import make_runner
 from nanovllm.engine.progress import Progress
 from nanovllm.engine.replicas import ReplicaLoop
 from nanovllm.engine.request import Request, error_text
@@ -61,7 +60,7 @@ class LLMEngine:
         if config.data_parallel_size > 1:
             self._loop: CallLoop = ReplicaLoop(config)
         else:
-            self.model_runner = ModelRunner(config) if config.tensor_parallel_size == 1 else ParallelRunner(config)
+            self.model_runner = make_runner(config)
             self.scheduler = Scheduler.of(config)
             self.block_manager = self.scheduler.block_manager
             self._loop = EngineLoop(self.model_runner, self.scheduler)

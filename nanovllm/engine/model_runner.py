@@ -37,10 +37,10 @@ from nanovllm.utils.context import Context, Step, use_step
 from nanovllm.utils.device import (
     CPU_CACHE_BYTES,
     GIB,
+    Download,
     available_memory,
     default_cache_bytes,
     default_threads,
-    download,
     is_number_of_threads_chosen,
     upload,
 )
@@ -367,7 +367,7 @@ def _score_given(seqs: list[Sequence], batch: Batch, rows: np.ndarray, logits: T
     tokens = np.array([seq.token_ids[position] for seq, position in given], dtype=np.int64)
     num_top = num_top_of([seq.params.prompt_logprobs for seq, _ in given], logits.shape[1])
     found = token_logprobs(logits, *upload([np.arange(len(rows)), tokens], logits.device), num_top)
-    entries = logprob_entries(num_top, tokens, *download(found))
+    entries = logprob_entries(num_top, tokens, *Download(found).read())
     for (seq, position), entry in zip(given, entries, strict=True):
         del seq.prompt_logprobs[position - seq.unscored.start :]  # of an attempt that was preempted
         seq.prompt_logprobs.append(entry)

@@ -44,13 +44,13 @@ class ParallelRunner(ModelRunner):
         self.num_threads = num_threads
         self._codec = BatchCodec(self.block_size, self.batch_builder.max_blocks)
 
-    def forward(self, batch: Batch, score_prompts: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
+    def forward(self, batch: Batch, score_given: Callable[[np.ndarray, Tensor], None] | None = None) -> Tensor | None:
         """As `ModelRunner.forward`, on all ranks."""
         if self._codec is None:  # every rank is measuring its own memory
-            return super().forward(batch, score_prompts)
+            return super().forward(batch, score_given)
         with self._step():
             self.workers.publish("forward", self._codec.encode(batch))
-            logits = super().forward(batch, score_prompts)
+            logits = super().forward(batch, score_given)
             if self.device.type == "cuda":  # here, and not later, the failure of another rank is to be noticed
                 torch.cuda.current_stream(self.device).synchronize()
                 self.workers.raise_if_failed()
@@ -115,6 +115,11 @@ class ParallelRunner(ModelRunner):
 
     def _check_ranks(self) -> None:
         self.workers.raise_if_killed()
+
+
+def make_runner(config: Config) -> ModelRunner:
+    """Of an engine in this process, with as many ranks as it is to have."""
+    return ModelRunner(config) if config.tensor_parallel_size == 1 else ParallelRunner(config)
 
 
 def serve(rank: int, channel: Channel, rendezvous: Path, config: Config, num_threads: int) -> None:

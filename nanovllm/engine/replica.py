@@ -7,18 +7,16 @@ that have ended. Reading, stepping and sending are three threads, so neither end
 import multiprocessing
 import os
 import pickle
-import signal
 import threading
 import traceback
 from array import array
 from contextlib import suppress
 from functools import cached_property, partial
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from nanovllm.config import Config
 from nanovllm.engine import inputs
@@ -27,9 +25,10 @@ from nanovllm.engine.detokenizer import TextStream
 from nanovllm.engine.engine_loop import EngineLoop
 from nanovllm.engine.grammar import Grammars
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.parallel_runner import ParallelRunner
+from nanovllm.engine.parallel_runner import make_runner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.workers import begin_child
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -205,7 +204,7 @@ class Replica:
 
     def __init__(self, connection: Connection, config: Config):
         self._connection, self._config = connection, config
-        runner = ModelRunner(config) if config.tensor_parallel_size == 1 else ParallelRunner(config)
+        runner = make_runner(config)  # which says how large the cache is
         self._loop = ReportingLoop(runner, Scheduler.of(config))
 
     def serve(self) -> None:
@@ -257,10 +256,8 @@ class Replica:
 
 def main(connection: Connection, config: Config, num_threads: int) -> None:
     """What the process of a replica does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; the parent decides
+    begin_child()
     multiprocessing.current_process().daemon = False  # which could not have processes of its own, other ranks
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its own is a named semaphore, which a process that is killed leaves behind
     torch.set_num_threads(num_threads)
     try:
         replica = Replica(connection, config)
@@ -270,8 +267,3 @@ def main(connection: Connection, config: Config, num_threads: int) -> None:
     else:
         replica.serve()
     os._exit(0)
-
-
-def _end_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)

@@ -20,6 +20,7 @@ from time import perf_counter
 from nanovllm.config import Config
 from nanovllm.engine.call_loop import CallLoop, News
 from nanovllm.engine.dispatch import Dispatcher
+from nanovllm.engine.forecast import learn_output_ratio
 from nanovllm.engine.replica import Completion, End, Growth, Orders, PackedError, Ready, Report, Work
 from nanovllm.engine.replica_process import ReplicaProcess
 from nanovllm.engine.sequence import Sequence, SequenceStatus
@@ -292,9 +293,7 @@ class ReplicaLoop(CallLoop):
         if end.error is not None:
             seq.error = end.error.unpack()
         self._forget(seq, group)
-        if seq.max_len > seq.num_prompt_tokens:
-            used = seq.num_completion_tokens / (seq.max_len - seq.num_prompt_tokens)
-            self.output_ratio += 0.1 * (used - self.output_ratio)
+        self.output_ratio = learn_output_ratio(self.output_ratio, seq)
         self._end(seq, end.finish_reason)
 
     def _end(self, seq: Sequence, reason: str) -> None:

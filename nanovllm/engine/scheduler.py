@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nanovllm.engine.block_manager import Block, BlockManager
 from nanovllm.engine.drafts import Drafter
-from nanovllm.engine.forecast import Forecast
+from nanovllm.engine.forecast import Forecast, learn_output_ratio
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 
 if TYPE_CHECKING:
@@ -167,9 +167,10 @@ class Scheduler:
     def drop_held(self, seqs: list[Sequence]) -> None:
         """Frees the blocks of finished sequences that kept them."""
         for seq in seqs:
-            if self.held.pop(seq.seq_id, None):
+            if seq.seq_id in self.held:
                 self._release(seq)
                 seq.status = SequenceStatus.FINISHED
+                del self.held[seq.seq_id]  # last, so that `recover` knows of it
 
     # ---- running ones
 
@@ -386,9 +387,8 @@ class Scheduler:
             self._release(seq)
         if seq.num_cached_tokens is None:
             self._leave_source(seq)
-        if reason != "abort" and not seq.keeps_blocks and seq.max_len > seq.num_prompt_tokens:
-            used = seq.num_completion_tokens / (seq.max_len - seq.num_prompt_tokens)
-            self.output_ratio += 0.1 * (used - self.output_ratio)
+        if reason != "abort" and not seq.keeps_blocks:
+            self.output_ratio = learn_output_ratio(self.output_ratio, seq)
         seq.status, seq.finish_reason, seq.stop_reason = SequenceStatus.FINISHED, reason, stop_reason
         self.finished.append(seq)
         del self.sequences[seq.seq_id]

@@ -1,7 +1,6 @@
 """Any number of prompts, of which only as many are in memory as keep the engine busy."""
 
 import reprlib
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -11,61 +10,12 @@ from nanovllm.engine.inputs import SLICE, Prompt, as_list, as_params
 from nanovllm.engine.request import Request, error_text
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.reader import END, Reader
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
 
 Given = tuple[int, object]  # the place of an item among all, and what the iterable gave
-END = object()  # among a call's news: the iterable has ended
-
-
-class Reader(threading.Thread):
-    """Reads an iterable ahead of who needs it, at most `lead` items; it may block without holding up anything else."""
-
-    def __init__(self, source: Iterator, news: News, lead: int):
-        super().__init__(name="nanovllm reader", daemon=True)
-        self._source, self._news = source, news
-        self._room = threading.Semaphore(lead)
-        self._is_stopped = False
-
-    def run(self) -> None:
-        try:
-            for given in enumerate(self._source):
-                self._news.put(given)
-                self._room.acquire()
-                if self._is_stopped:
-                    return
-            self._news.put(END)
-        except BaseException as error:  # raised to the caller
-            self._news.put(error)
-
-    def release(self) -> None:
-        """One of the items is done with."""
-        self._room.release()
-
-    def stop(self) -> None:
-        """Nobody needs more: it ends, if it is in the iterable then when that gives the next item."""
-        self._is_stopped = True
-        self._room.release()
-
-
-def read_ahead(source: Iterable, lead: int) -> Iterator:
-    """The items of `source`, which a thread of its own reads from now on, at most `lead` of them ahead."""
-    news = News()
-    reader = Reader(iter(source), news, lead)
-    reader.start()
-
-    def items() -> Iterator:
-        try:
-            while (given := news.get()) is not END:
-                if isinstance(given, BaseException):
-                    raise given
-                reader.release()
-                yield given[1]
-        finally:
-            reader.stop()
-
-    return items()
 
 
 def generate_unordered(

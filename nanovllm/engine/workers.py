@@ -155,9 +155,7 @@ class Workers:
 
 
 def _main(rank: int, channel: Channel, rendezvous: Path, work: Callable[..., None], args: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; rank 0 decides
-    threading.Thread(target=_end_with_parent, args=(rendezvous.parent,), daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its own is a named semaphore, which a process that is killed leaves behind
+    begin_child(rendezvous.parent)
     channel.is_read.release()
     try:
         work(rank, channel, rendezvous, *args)
@@ -169,9 +167,17 @@ def _main(rank: int, channel: Channel, rendezvous: Path, work: Callable[..., Non
         os._exit(1)  # soon: the others wait for this rank
 
 
-def _end_with_parent(directory: Path) -> None:
+def begin_child(directory: Path | None = None) -> None:
+    """What a process that was spawned does first: it will end with its parent, and then remove `directory`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; the parent decides
+    threading.Thread(target=_end_with_parent, args=(directory,), daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a named semaphore, which a process that is killed leaves behind
+
+
+def _end_with_parent(directory: Path | None) -> None:
     wait([multiprocessing.parent_process().sentinel])
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory is not None:
+        shutil.rmtree(directory, ignore_errors=True)
     os._exit(1)
 
 

@@ -19,24 +19,24 @@ class TritonWeight:
     """A [N, K] weight, which it keeps as it is."""
 
     def __init__(self, weight: Tensor):
-        self.weight = weight.data
+        self.values = weight.data
         self.shape, self.nbytes = weight.shape, weight.nbytes
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[T, K] -> [T, N]; rows of `x` may be strided."""
         num_rows, n = x.shape[0], self.shape[0]
         out = x.new_empty(num_rows, n)
-        sizes, config = plain_sizes(self.weight), linear_config(n, x.dtype)
+        sizes, config = plain_sizes(self.values), linear_config(n, x.dtype)
         grid = triton.cdiv(num_rows, config["ROWS"]), triton.cdiv(n, config["COLUMNS"])
         steps = triton.cdiv(sizes["K"], config["DEPTH"])
         linear_kernel[grid](
-            x, self.weight, None, None, bias, out, None, num_rows, x.stride(0), steps, **sizes, **config
+            x, self.values, None, None, bias, out, None, num_rows, x.stride(0), steps, **sizes, **config
         )
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
         """[T] int64 -> [T, K], those rows of the weight."""
-        return F.embedding(ids, self.weight)
+        return F.embedding(ids, self.values)
 
 
 def plain_sizes(weight: Tensor) -> dict[str, int | str]:

@@ -77,7 +77,7 @@ def apply_masks(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
     Args:
         logits: Of any dtype.
         rows: [M] int64.
-        masks: [M, ceil(V / 32)] int32: token i is allowed if bit i % 32 of word i // 32 is set.
+        masks: [M, ceil(V / 32)] int32, see `Options.masks`.
     """
     if fused_ops(logits) is cpu_kernels:
         return cpu_kernels.mask_logits(logits, rows, masks)

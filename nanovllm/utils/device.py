@@ -213,8 +213,3 @@ class Download:
         self._event.synchronize()
         parts = self._host.split([x.nbytes for x in self._tensors])
         return [part.clone().view(x.dtype).view(x.shape).numpy() for part, x in zip(parts, self._tensors, strict=True)]
-
-
-def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
-    """The tensors, all on one device, as arrays. The only wait for it."""
-    return Download(tensors).read()

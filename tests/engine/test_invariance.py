@@ -9,6 +9,7 @@ from nanovllm.engine.sampling import OptionsSampler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.cpu.compiled import load_kernels
 from nanovllm.layers.sampler import sample
+from pairs import in_turn
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no kernels for this processor, or no compiler")
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "vocab_size": 1200, "num_attention_heads": 6}
@@ -63,9 +64,10 @@ def beside_others(llm: LLM) -> list[tuple]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("chunk", [1024, 37])
-@pytest.mark.parametrize("block_size", [1, 16, 24, 37, 64, 100, 256])
+@pytest.mark.parametrize(
+    ("block_size", "chunk", "eager"),
+    in_turn([1, 16, 24, 37, 64, 100, 256], [1024, 37, 1024, 37], [False, False, True, True], is_whole=False),
+)
 def test_batches_chunks_block_sizes_and_prefix_hits_change_no_bit(model, alone, block_size, chunk, eager):
     settings, expected = alone
     blocks = {"kvcache_block_size": block_size, "num_kvcache_blocks": 6400 // block_size}

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from helpers import DEMO_MODEL, ROOT, default_interrupts, make_config, random_prompts, save_model
+from helpers import DEMO_MODEL, ROOT, default_interrupts, make_config, random_prompts
 from nanovllm import LLM, BeamSearchParams, GenerationError, SamplingParams
 from nanovllm.config import check_parallel_size
 from nanovllm.engine import replica_process
@@ -67,6 +67,13 @@ def two(functions):
         assert pids(llm) == KEPT
     KEPT.clear()
     assert not children()
+
+
+@pytest.fixture(scope="module")
+def mortal():
+    """An engine whose replicas may be killed: each, before it is started for the last time, twice."""
+    with start() as llm:
+        yield llm
 
 
 def start(**settings) -> LLM:
@@ -295,69 +302,64 @@ def test_a_step_that_fails_ends_its_call_and_the_engine_goes_on(one, two, functi
     assert plain(generate(two, ["x"] * 9, greedy)) == plain(generate(one, ["x"] * 9, greedy))
 
 
-def test_settings_that_cannot_work_raise_at_the_start(tmp_path):
+def test_settings_that_cannot_work_raise_at_the_start():
     with pytest.raises(ValueError, match="data_parallel_size must be between 1 and 64, got 0"):
         start(data_parallel_size=0)
     with pytest.raises(ValueError, match=r"the KV cache needs .* lower num_kvcache_blocks"):
         start(num_kvcache_blocks=10**9)
-    save_model(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
-        LLM(str(tmp_path), data_parallel_size=2, **SETTINGS)
     assert not children()
 
 
 # ---- deaths
 
 
-def test_requests_of_replicas_that_are_killed_run_again(one):
-    prompts, params = mixed(84)
-    params = [params[i] if i % 4 else LONG for i in range(84)]
+def test_requests_of_replicas_that_are_killed_run_again(mortal):
+    llm, (prompts, params) = mortal, mixed(48)
+    params = [params[i] if i % 4 else LONG for i in range(48)]
     with LLM(str(DEMO_MODEL), **SETTINGS) as fresh:
         expected = generate(fresh, prompts, params)
-    with start() as llm:
-        first = pids(llm)
+    first = pids(llm)
 
-        def kill():
-            wait_until(lambda: llm.stats()["output_tokens"] > 400)
-            os.kill(first[0], signal.SIGKILL)
-            wait_until(lambda: len(set(pids(llm)) - set(first)) == 1)
-            wait_until(lambda: llm.stats()["output_tokens"] > 1000)
-            os.kill(first[1], signal.SIGKILL)
+    def kill():
+        wait_until(lambda: llm.stats()["output_tokens"] > 400)
+        os.kill(first[0], signal.SIGKILL)
+        wait_until(lambda: len(set(pids(llm)) - set(first)) == 1)
+        wait_until(lambda: llm.stats()["output_tokens"] > 1000)
+        os.kill(first[1], signal.SIGKILL)
 
-        thread = threading.Thread(target=kill)
-        thread.start()
-        assert plain(generate(llm, prompts, params)) == plain(expected)
-        thread.join()
-        assert not set(first) & set(pids(llm)) and len(pids(llm)) == 2
-        assert wait_until(lambda: all(process.ready for process in llm._loop._replicas))
-        parts = [process.stats["output_tokens"] for process in llm._loop._replicas]
-        generate(llm, prompts[:20], LONG)
-        assert all(p.stats["output_tokens"] > n for p, n in zip(llm._loop._replicas, parts, strict=True))
+    thread = threading.Thread(target=kill)
+    thread.start()
+    assert plain(generate(llm, prompts, params)) == plain(expected)
+    thread.join()
+    assert not set(first) & set(pids(llm)) and len(pids(llm)) == 2
+    assert wait_until(lambda: all(process.ready for process in llm._loop._replicas))
+    parts = [process.stats["output_tokens"] for process in llm._loop._replicas]
+    generate(llm, prompts[:8], SamplingParams(max_tokens=20, ignore_eos=True))
+    assert all(p.stats["output_tokens"] > n for p, n in zip(llm._loop._replicas, parts, strict=True))
 
 
-def test_streams_go_on_where_they_were_when_a_replica_is_killed(one):
+def test_streams_go_on_where_they_were_when_a_replica_is_killed(one, mortal):
     prompts = [f"Tell me about {i}" for i in range(5)]
     params = [SamplingParams(max_tokens=200, ignore_eos=True, seed=i) for i in range(5)]
     beginnings = [output["text"][:5] for output in generate(one, prompts, params)]  # no stop before `min_tokens`
     params = [replace(p, stop=[text], min_tokens=15) for p, text in zip(params, beginnings, strict=True)]
     expected = generate(one, prompts, params)
     assert all(output["text"].startswith(text) for output, text in zip(expected, beginnings, strict=True))
-    pieces = []
-    with start() as llm:
-        for piece in llm.generate_stream(prompts, params):
-            pieces.append(piece)
-            if len(pieces) in (100, 300):
-                os.kill(pids(llm)[len(pieces) // 300], signal.SIGKILL)
-        assert llm._loop._past_stats
+    pieces, num_deaths = [], len(mortal._loop._past_stats)
+    assert wait_until(lambda: all(process.ready for process in mortal._loop._replicas))
+    for piece in mortal.generate_stream(prompts, params):
+        pieces.append(piece)
+        if len(pieces) in (100, 300):
+            os.kill(pids(mortal)[len(pieces) // 300], signal.SIGKILL)
+    assert len(mortal._loop._past_stats) > num_deaths
     for i, output in enumerate(expected):
         mine = [piece for piece in pieces if piece["index"] == i]
         assert [token for piece in mine for token in piece["token_ids"]] == output["token_ids"]
         assert "".join(piece["text"] for piece in mine) == output["text"]
 
 
-def test_when_all_have_died_too_often_calls_say_why():
-    llm = start()
+def test_when_all_have_died_too_often_calls_say_why(mortal):
+    llm = mortal
 
     def kill_all():
         while llm._loop.failure is None:
@@ -378,8 +380,8 @@ def test_when_all_have_died_too_often_calls_say_why():
     llm.exit()
 
 
-@pytest.mark.parametrize("is_stopped", [False, True])
-def test_exit_ends_calls_and_leaves_no_process(is_stopped):
+def test_exit_ends_calls_and_leaves_no_process():
+    """One replica is at work; the other would not end by itself."""
     llm, errors = start(), []
 
     def call():
@@ -391,8 +393,7 @@ def test_exit_ends_calls_and_leaves_no_process(is_stopped):
     thread = threading.Thread(target=call)
     thread.start()
     assert wait_until(lambda: llm.stats()["running"] > 2)
-    if is_stopped:  # it would not end by itself
-        os.kill(pids(llm)[0], signal.SIGSTOP)
+    os.kill(pids(llm)[0], signal.SIGSTOP)
     llm.exit()
     assert not children()
     thread.join()

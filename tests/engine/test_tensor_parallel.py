@@ -55,7 +55,7 @@ def tokens_of(outputs):
 # ---- results
 
 
-@pytest.mark.parametrize(("size", "most_guesses"), [(2, 0), (4, 0), (2, 4)])
+@pytest.mark.parametrize(("size", "most_guesses"), [(4, 0), (2, 4)])
 def test_greedy_and_seeded_tokens_equal_those_of_one_rank_whatever_happens_to_a_request(
     checkpoint, single, monkeypatch, size, most_guesses
 ):

@@ -138,6 +138,7 @@ def test_stats_count_what_was_done(tmp_path):
         params = SamplingParams(max_tokens=5, ignore_eos=True)
         for _ in range(2):
             llm.generate([prompt], params, use_tqdm=False)
+        assert llm.is_finished()  # which is asked between two steps: the last one is counted
         stats = llm.stats()
         expected = {
             "running": 0, "waiting": 0, "blocks_used": 0, "blocks_free": 60, "blocks_cached": 4, "preemptions": 0,

@@ -22,6 +22,7 @@ from nanovllm.kernels.attention import _check_outputs
 from nanovllm.kernels.triton_attention import TritonAttention, store_kvcache
 from nanovllm.layers.attention import Attention
 from nanovllm.utils.context import Context
+from pairs import case_id, in_turn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -37,7 +38,8 @@ SHAPES = [  # KV heads, query heads of each, head_dim, block size
     (1, 8, 128, 128),
     (2, 2, 128, 256),
 ]
-GRID = [(shape, dtype) for dtype in TOLERANCE for shape in SHAPES[: 4 if dtype == torch.float32 else None]]
+DTYPES = list(TOLERANCE)
+GRID = in_turn(SHAPES[:4], DTYPES) + in_turn(SHAPES[4:], DTYPES[1:])
 on_grid = pytest.mark.parametrize(("shape", "dtype"), GRID, ids=str)
 
 
@@ -139,12 +141,11 @@ def test_prefill_over_cached_prefixes_reads_only_the_cache(shape, dtype):
     close(prefill_cached(case), case.prefill_reference())
 
 
-@pytest.mark.parametrize("num_rows", [1, 4000])
-@pytest.mark.parametrize(("shape", "dtype"), GRID[:6], ids=str)
-def test_few_queries_over_long_prefixes_split_the_keys(shape, dtype, num_rows, monkeypatch):
+@pytest.mark.parametrize(("case", "num_rows"), in_turn(GRID[:4], [4000, 4000, 1, 1]), ids=str)
+def test_few_queries_over_long_prefixes_split_the_keys(case, num_rows, monkeypatch):
     monkeypatch.setattr(triton_attention, "_prefill_kernel", None)
     fill_gpu(monkeypatch, num_rows)
-    case = Case(shape, [150, 1, 70, 90], dtype, new=[5, 1, 64, 17])
+    case = Case(case[0], [150, 1, 70, 90], case[1], new=[5, 1, 64, 17])
     close(prefill_cached(case), case.prefill_reference())
 
 
@@ -175,10 +176,10 @@ def decode_reference(case: Case) -> torch.Tensor:
     return torch.cat([reference(q[-1:], k, v) for q, k, v in map(case.split, case.qkv)])
 
 
-@pytest.mark.parametrize("num_rows", [1, 256, 256 * 132])
-@on_grid
-def test_decode_with_one_few_and_many_splits(shape, dtype, num_rows, monkeypatch):
+@pytest.mark.parametrize(("case", "num_rows"), in_turn(GRID, [256 * 132, 256, 1]), ids=str)
+def test_decode_with_one_few_and_many_splits(case, num_rows, monkeypatch):
     fill_gpu(monkeypatch, num_rows)
+    shape, dtype = case
     block = shape[-1]
     case = Case(shape, [1, block, block + 1, 2 * block - 1, 300], dtype)
     out = decode(case, padding=2)
@@ -208,14 +209,13 @@ def test_store_writes_each_token_to_its_slot_and_minus_one_nowhere(kv_heads, hea
         assert torch.equal(cache.flatten(0, 1).nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("block_size", [16, 256])
+@pytest.mark.parametrize(("block_size", "dtype"), in_turn([16, 256], DTYPES), ids=str)
 def test_the_trial_at_start_up_passes(block_size, dtype):
     _check_outputs(TritonAttention, DEVICE, dtype, Attention(4, 2, 64), block_size)
 
 
 def test_engine_matches_transformers(tmp_path, monkeypatch):
-    model = save_model(tmp_path)
+    model = save_model(tmp_path, num_hidden_layers=1)
     prompts = random_prompts([1, 9, 16, 21])
     prompts.append(prompts[-1][:16] + prompts[0])  # two blocks are cached
     expected = [reference_tokens(model, prompt, 6) for prompt in prompts]
@@ -233,6 +233,8 @@ VARIANTS += [(torch.bfloat16, 128, 2, 16), (torch.float32, 128, 2, 256)]
 if ALL:
     VARIANTS += [(torch.bfloat16, head_dim, 20, 16) for head_dim in (16, 48, 64, 96, 160, 256)]
     VARIANTS += [(torch.float32, head_dim, group, 256) for head_dim, group in ((64, 2), (128, 20), (256, 16))]
+FITTING = in_turn(VARIANTS, ARCHITECTURES, is_whole=ALL)
+FITTING += [(VARIANTS[2], arch) for arch in ARCHITECTURES if (VARIANTS[2], arch) not in FITTING]  # the largest tiles
 
 
 def check_binary(kernel, tensors: str, others: str, arch: int, dtype: torch.dtype, constexprs: dict) -> None:
@@ -246,9 +248,9 @@ def check_binary(kernel, tensors: str, others: str, arch: int, dtype: torch.dtyp
     assert binary.spilled == 0
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
-@pytest.mark.parametrize(("dtype", "head_dim", "group", "block_size"), VARIANTS, ids=str)
-def test_kernels_fit_each_architecture(arch, dtype, head_dim, group, block_size):
+@pytest.mark.parametrize(("variant", "arch"), FITTING, ids=case_id)
+def test_kernels_fit_each_architecture(variant, arch):
+    dtype, head_dim, group, block_size = variant
     capability, block_d = divmod(arch, 10), triton.next_power_of_2(head_dim)
     for block, few in ((0, 0), (block_size, 64)):  # without and with a cached prefix
         config = triton_attention.prefill_config(capability, head_dim, dtype)

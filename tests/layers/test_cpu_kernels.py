@@ -20,6 +20,7 @@ from nanovllm.kernels.cpu import Int4Weight, Int8Weight, PackedWeight, build, co
 from nanovllm.kernels.cpu.compiled import Memory, Recording, load_kernels
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.context import Context
+from pairs import in_turn
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no kernels for this processor, or no compiler")
 on_each_target = pytest.mark.usefixtures("target")
@@ -179,16 +180,20 @@ def test_long_contexts_come_out_alike_however_many_threads_share_their_keys(dtyp
 
 
 @on_each_target
-@pytest.mark.parametrize("scales", [torch.float16, BF16, torch.float32])
-@pytest.mark.parametrize("has_zeros", [True, False])
 @pytest.mark.parametrize(
-    ("n", "k", "group_size"),
-    [(64, 256, 128), (45, 96, 32), (33, 340, 48), (70, 272, 16), (40, 352, 176), (21, 132, 132)],
+    ("size", "codes"),
+    in_turn(
+        [(64, 256, 128), (45, 96, 32), (33, 340, 48), (70, 272, 16), (40, 352, 176), (21, 132, 132)] * 3,
+        [(torch.float16, True), (BF16, False), (torch.float32, True), (torch.float16, False), (BF16, True)],
+        is_whole=False,
+    ),
+    ids=str,
 )
 @pytest.mark.parametrize("m", [1, 13, 40])
-def test_int4_linear_computes_with_quantised_activations(m, n, k, group_size, has_zeros, scales):
+def test_int4_linear_computes_with_quantised_activations(m, size, codes):
     """Scales of all outputs differ by more than fp16 can tell."""
     torch.manual_seed(m)
+    (n, k, group_size), (scales, has_zeros) = size, codes
     groups = n, -(-k // group_size)
     codes, zeros = (torch.randint(0, 256, (n, k // 2)).byte(), torch.randint(0, 16, groups).byte())
     sizes = torch.ones(n) if scales == torch.float16 else torch.logspace(-9, 9, n)

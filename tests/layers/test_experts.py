@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from aot import ARCHITECTURES, SHARED_LIMIT, compile_kernel
+from aot import ALL, ARCHITECTURES, SHARED_LIMIT, compile_kernel
 from nanovllm.kernels import triton_experts
 from nanovllm.layers import experts
 from nanovllm.layers.experts import Experts, Router
 from nanovllm.layers.weight import PlainWeight
 from nanovllm.models.decoder import DecoderMLP
 from nanovllm.utils.parallel import TensorParallel
+from pairs import case_id, in_turn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3}
@@ -68,9 +69,12 @@ def test_the_router_takes_the_likeliest():
         torch.testing.assert_close(counts[row], probs[row, best] / probs[row, best].sum())
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
-@pytest.mark.parametrize(("dtype", "rows"), [("bf16", 16), ("bf16", 64), ("fp32", 16)])
-def test_grouped_kernel_compiles_ahead_of_time(arch, dtype, rows):
+TILES = [("bf16", 16), ("bf16", 64), ("fp32", 16)]
+
+
+@pytest.mark.parametrize(("tile", "arch"), in_turn(TILES, ARCHITECTURES, is_whole=ALL), ids=case_id)
+def test_grouped_kernel_compiles_ahead_of_time(tile, arch):
+    dtype, rows = tile
     signature = {name: f"*{dtype}:16" for name in ("x", "values_like", "out")}
     signature |= dict.fromkeys(["addresses", "tiles", "of_tile"], "*i64:16") | {"x_stride": "i32:16"}
     weight = torch.empty(1536, 2048, device="meta")

@@ -36,7 +36,7 @@ from nanovllm.layers.logits_processor import (
     token_logprobs,
 )
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.device import download
+from nanovllm.utils.device import Download
 
 VOCAB = 200
 DRAWS = 20_000
@@ -426,7 +426,7 @@ def entries_of(logits: torch.Tensor, tokens: list[int], num_top: int) -> list[di
     asked = num_top_of([num_top] * len(tokens), logits.shape[1])
     there = torch.tensor(tokens, device=logits.device)
     found = token_logprobs(logits, torch.arange(len(tokens), device=logits.device), there, asked)
-    return logprob_entries(asked, *download([there, *found]))
+    return logprob_entries(asked, *Download([there, *found]).read())
 
 
 def test_logprobs_ranks_and_tops(road):

@@ -3,6 +3,7 @@
 In Triton's interpreter without a GPU, else on it.
 """
 
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from launches import Specialization, record, without_interpreter
 from nanovllm.kernels import triton_experts, triton_linear, triton_quantized
 from nanovllm.kernels.triton_quantized import TritonQuantizedWeight
 from nanovllm.layers.weight import PlainWeight
+from pairs import case_id, in_turn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUANTIZED = triton_quantized.KINDS
@@ -70,8 +72,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), in_turn(CASES, list(TOLERANCE)), ids=str)
 def test_products_are_those_of_the_dequantised_weight(case, dtype):
     torch.manual_seed(0)
     args, exact = random_weight(*case)
@@ -114,13 +115,13 @@ class Mixture(list):
     addresses = None
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(
-    ("kind", "group_size", "has_zeros"),
-    [("int4", 32, True), ("int4", 96, False), ("int8", 32, True), ("fp8", 128, False)],
-)
-def test_a_mixture_of_quantised_experts_is_that_of_dequantised_ones(kind, group_size, has_zeros, dtype):
+EXPERTS = [("int4", 32, True), ("int4", 96, False), ("int8", 32, True), ("fp8", 128, False)]  # groups, zeros
+
+
+@pytest.mark.parametrize(("kind", "dtype"), in_turn(EXPERTS, list(TOLERANCE)), ids=str)
+def test_a_mixture_of_quantised_experts_is_that_of_dequantised_ones(kind, dtype):
     torch.manual_seed(0)
+    kind, group_size, has_zeros = kind
     quantised, exact = Mixture(), Mixture()
     for _ in range(4):
         pairs = [random_weight(kind, *shape, group_size, has_zeros, torch.float16) for shape in ((224, 96), (96, 112))]
@@ -144,6 +145,13 @@ def test_a_mixture_of_quantised_experts_is_that_of_dequantised_ones(kind, group_
 # ---- binaries
 
 
+PRODUCTS = [(1024, False), (6000, True), (16384, False)]  # outputs, and whether there is a bias
+
+
+def record_all_products() -> list[tuple[set[Specialization], set[Specialization]]]:
+    return [record_products(*case) for case in PRODUCTS]
+
+
 def record_products(n: int, has_bias: bool) -> tuple[set[Specialization], set[Specialization]]:
     """What is compiled for one row and for many, and for numbers between."""
     weight = TritonQuantizedWeight(*random_weight("int4", n, 4096, 128, True, torch.float16)[0])
@@ -156,10 +164,9 @@ def record_products(n: int, has_bias: bool) -> tuple[set[Specialization], set[Sp
     return record(lambda: launch(1, 2000)), record(lambda: launch(2, 16, 17, 32, 33, 64, 65, 128, 129, 512, 1000))
 
 
-@pytest.mark.parametrize(("n", "has_bias"), [(1024, False), (6000, True), (16384, False)])
-def test_no_batch_compiles_anything_after_one_row_and_many(n, has_bias):
-    start_up, steps = without_interpreter(record_products, n, has_bias)
-    assert steps <= start_up and len(start_up) == 2 + (n < 16384)
+def test_no_batch_compiles_anything_after_one_row_and_many():
+    for (n, _), (start_up, steps) in zip(PRODUCTS, without_interpreter(record_all_products), strict=True):
+        assert steps <= start_up and len(start_up) == 2 + (n < 16384)
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -168,7 +175,6 @@ VARIANTS = [(kind, "bf16", 128, True) for kind in QUANTIZED.values()] + [("int4"
 if ALL:
     VARIANTS += [(kind, *of) for kind in QUANTIZED.values() for of in (("fp16", 2048, True), ("fp32", 32, False))]
 by_architecture = pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
-by_variant = pytest.mark.parametrize(("kind", "dtype", "group_size", "has_zeros"), VARIANTS)
 
 
 def make_like(kind: str, n: int, dtype: str, group_size: int, has_zeros: bool) -> tuple[TritonQuantizedWeight, dict]:
@@ -190,11 +196,10 @@ def check_binary(kernel: object, pointers: dict[str, str | None], others: dict, 
     assert ".ftz" not in binary.ptx  # FP8 passes through subnormal numbers
 
 
-@by_architecture
-@by_variant
-@pytest.mark.parametrize("num_rows", [1, 1000], ids="{} rows".format)
-def test_quantised_product_compiles_ahead_of_time(arch, kind, dtype, group_size, has_zeros, num_rows):
-    for n in (1024, 8192):
+@pytest.mark.parametrize(("variant", "arch"), in_turn(VARIANTS, ARCHITECTURES, is_whole=ALL), ids=case_id)
+def test_quantised_product_compiles_ahead_of_time(variant, arch):
+    kind, dtype, group_size, has_zeros = variant
+    for n, num_rows in product((1024, 8192), (1, 1000)):
         weight, parts = make_like(kind, n, dtype, group_size, has_zeros)
         others = {name: f"*{dtype}:16" for name in ("x", "bias", "out")} | {"partial": "*fp32:16"}
         config = weight.config(num_rows, DTYPES[dtype])
@@ -204,19 +209,17 @@ def test_quantised_product_compiles_ahead_of_time(arch, kind, dtype, group_size,
         )  # fmt: skip
 
 
-@by_architecture
-@by_variant
-@pytest.mark.parametrize("rows", [16, 64], ids="{} rows".format)
-def test_quantised_experts_compile_ahead_of_time(arch, kind, dtype, group_size, has_zeros, rows):
-    if (dtype, rows) == ("fp32", 64):
-        pytest.skip("fp32 takes tiles of 16 rows")
-    weight, parts = make_like(kind, 1536, dtype, group_size, has_zeros)
+@pytest.mark.parametrize(("variant", "arch"), in_turn(VARIANTS[::-1], ARCHITECTURES, is_whole=ALL), ids=case_id)
+def test_quantised_experts_compiles_ahead_of_time(variant, arch):
+    kind, dtype, *_ = variant
+    weight, parts = make_like(kind, 1536, *variant[1:])
     parts = {f"{name}_like": of for name, of in parts.items()}
-    check_binary(
-        triton_experts._grouped_kernel, {"x": f"*{dtype}:16", "out": f"*{dtype}:16"} | parts,
-        dict.fromkeys(["addresses", "tiles", "of_tile"], "*i64:16") | {"x_stride": "i32:16"},
-        {"NUM_CHOSEN": 8, "E": 128, **triton_experts.grouped_config(weight, rows, DTYPES[dtype])}, arch,
-    )  # fmt: skip
+    for rows in (16,) if dtype == "fp32" else (16, 64):
+        check_binary(
+            triton_experts._grouped_kernel, {"x": f"*{dtype}:16", "out": f"*{dtype}:16"} | parts,
+            dict.fromkeys(["addresses", "tiles", "of_tile"], "*i64:16") | {"x_stride": "i32:16"},
+            {"NUM_CHOSEN": 8, "E": 128, **triton_experts.grouped_config(weight, rows, DTYPES[dtype])}, arch,
+        )  # fmt: skip
 
 
 @by_architecture
