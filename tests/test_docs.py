@@ -62,7 +62,7 @@ def test_the_comparison_in_words_is_the_one_in_the_picture():
     table = json.loads((ROOT / "docs" / "figures" / "comparison.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     for engine, values in table.items():
-        [row] = re.findall(rf"(?m)^\| {engine}\b.*", page)
+        row = re.search(rf"(?m)^\| {engine}\b.*", page)[0]  # of the first table
         cells = [re.match(r"[\d.]+", cell.strip()) for cell in row.split("|")[2:-1]]
         assert [cell and cell[0] for cell in cells] == [
             str(values[column]) if column in values else None for column in ("bfloat16", "int8", "start-up", "memory")
