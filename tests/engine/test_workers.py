@@ -218,7 +218,7 @@ def test_engines_one_after_another_leave_nothing(path):
         me = psutil.Process()
         return {"fds": me.num_fds(), "threads": me.num_threads(), "children": len(me.children())}, me.memory_info().rss
 
-    for i in range(5):
+    for i in range(3):
         llm = start(path)
         generate(llm)
         if i % 2:
