@@ -1,5 +1,6 @@
 """Every setting of an engine, checked before anything is loaded."""
 
+import copy
 import json
 import math
 import re
@@ -146,6 +147,16 @@ class Config:
             self.eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos)
             for token_id in self.eos_token_ids:
                 check_int("eos", token_id)
+
+    def to_send(self) -> "Config":
+        """A copy for another process. Our models read attributes alone of `hf_config`; a class of transformers' for
+        them would import all of its models there, which takes longer than everything else of a start.
+        """
+        theirs = copy.copy(self)
+        if self.model_class.__module__.startswith("nanovllm.models."):
+            theirs.hf_config = PretrainedConfig()
+            theirs.hf_config.__dict__.update(self.hf_config.__dict__, attribute_map=self.hf_config.attribute_map)
+        return theirs
 
     @property
     def max_decode_tokens(self) -> int:

@@ -34,7 +34,7 @@ class ParallelRunner(ModelRunner):
         self._codec: BatchCodec | None = None  # until all ranks are set up
         self.tp = TensorParallel()
         num_threads = default_threads(size if config.device.type == "cpu" else 1)
-        self.workers = Workers(size, config.worker_timeout, serve, config, num_threads)
+        self.workers = Workers(size, config.worker_timeout, serve, config.to_send(), num_threads)
         with self._failing_together():
             config.device = rank_device(config.device, 0)
             self.tp = self._connect(size, config.device)

@@ -243,7 +243,8 @@ class Replica:
             limits, source = (self._config.eos_token_ids, self._config.max_model_len), seqs[0] if seqs else None
             params = inputs.sibling_params(work.params) if seqs else work.params
             seq = Sequence(seq_id, work.prompt, params, *limits, rng_key, source, work.bad_words_ids)
-            seq.guide = self._grammars.guide(seq)
+            if params.structured_outputs is not None:  # the tokenizer takes seconds, and not all need it
+                seq.guide = self._grammars.guide(seq)
             seq.text = TextStream(self._tokenizer, seq) if work.has_text else None
             for token_id in token_ids:  # read one by one, as they were when they came
                 seq.token_ids.append(token_id)

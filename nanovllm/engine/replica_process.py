@@ -1,6 +1,5 @@
 """The parent's end of a replica: starts its process with the devices it is to have, and knows how that has ended."""
 
-import copy
 import multiprocessing
 import os
 import signal
@@ -28,7 +27,7 @@ class ReplicaProcess:
         self.connection: Connection | None = None
         self.num_sent = self.num_started = 0  # sequences that it was sent, and those of them that do not wait there
         self.stats: dict[str, object] = {}
-        self._config, self._num_threads, self._num_replicas = copy.copy(config), num_threads, config.data_parallel_size
+        self._config, self._num_threads, self._num_replicas = config.to_send(), num_threads, config.data_parallel_size
         self._process: SpawnProcess | None = None
 
     def start(self) -> None:
