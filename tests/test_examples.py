@@ -93,8 +93,9 @@ def test_prefix_cache(run):
     assert total.endswith(f"{share:.0%} of them from the cache")
 
 
-def test_ray_data_pipeline_answers_rows(run):
+def test_ray_data_pipeline_answers_rows(run, monkeypatch):
     ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # not the cluster that another test has on this machine
     try:
         first, *answers = run("ray_data")
     finally:
