@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -17,9 +18,11 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine import parallel_runner
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.workers import Channel
 
 SETTINGS = {"kvcache_block_size": 8, "num_kvcache_blocks": 99, "dtype": "float32", "device": "cpu"}
-PATIENCE = 10  # seconds for a failure to be reported, or for a process to be gone
+NAMES: list[str] = []  # of the semaphores that a test's engines have made
+PATIENCE = 20  # seconds for a failure to be reported, or for a process to be gone
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +58,15 @@ def wait_until(condition, seconds=PATIENCE) -> bool:
     return condition()
 
 
+def semaphores(channel: Channel) -> list[str]:
+    """Their names."""
+    return [lock._semlock.name for lock in (*channel.is_written, channel.is_read, channel.has_report)]
+
+
 def traces() -> set[str]:
-    """What engines leave in shared memory and in the directory of temporary files while they live."""
-    shared = Path("/dev/shm").glob("*mp[-_s]*") if Path("/dev/shm").is_dir() else []
-    shared = [*shared, *(Path("/dev/shm").glob("psm_*") if Path("/dev/shm").is_dir() else [])]
-    directory = Path(os.environ.get("TMPDIR", "/tmp"))
-    return {str(found) for found in (*shared, *directory.glob("nanovllm-*"))}
+    """What these tests' engines leave in shared memory and in the directory of temporary files while they live."""
+    shared = [Path("/dev/shm", name.replace("/", "sem.")) for name in NAMES]
+    return {str(path) for path in (*shared, *Path(tempfile.gettempdir()).glob("nanovllm-*")) if path.exists()}
 
 
 def watchdogs() -> list[threading.Thread]:
@@ -72,13 +78,19 @@ def listening() -> int:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind():
-    """At once, but for a worker that was killed while it joined: gloo tries for a while to reach it."""
-    before = traces()
+def nothing_is_left_behind(tmp_path, monkeypatch):
+    """At once, but for a worker that was killed while it joined: gloo tries for a while to reach it.
+
+    Other engines may live on this machine.
+    """
+    NAMES.clear()
+    make = Channel.__init__
+    monkeypatch.setattr(Channel, "__init__", lambda *args: make(*args) or NAMES.extend(semaphores(args[0])))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield
     gc.collect()
-    wait_until(lambda: not worker_pids() and traces() <= before and not listening(), 60)
-    assert (worker_pids(), traces() - before, listening(), watchdogs()) == ([], set(), 0, [])
+    wait_until(lambda: not (worker_pids() or traces() or listening()), 60)
+    assert (worker_pids(), traces(), listening(), watchdogs()) == ([], set(), 0, [])
 
 
 # ---- a worker fails
@@ -221,6 +233,7 @@ def test_engines_one_after_another_leave_nothing(path):
     for i in range(3):
         llm = start(path)
         generate(llm)
+        assert len(traces()) == 4  # semaphores and a directory
         if i % 2:
             llm.exit()
             llm.exit()
@@ -240,6 +253,9 @@ def main():
     llm = LLM({path!r}, tensor_parallel_size=2, **{settings!r})
     print(len(llm.generate([[5, 6]], SamplingParams(temperature=0), use_tqdm=False)), flush=True)
     print(*[child.pid for child in psutil.Process().children()], flush=True)
+    channel = llm.model_runner.workers._channel
+    for lock in (*channel.is_written, channel.is_read, channel.has_report):
+        print(lock._semlock.name, flush=True)
     {end}
 
 {guard}
@@ -250,7 +266,7 @@ def main():
 def run_script(tmp_path, path, end="pass", guard="if __name__ == '__main__':", **kwargs) -> subprocess.Popen:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(path=str(path), settings=SETTINGS, end=end, guard=guard))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, str(script)], env=environment, cwd=tmp_path, **pipes)
 
@@ -265,11 +281,15 @@ def test_a_script_that_never_calls_exit_ends_cleanly(path, tmp_path):
 @pytest.mark.parametrize("end", ["import time; time.sleep(100)", "while True: llm.generate([[5]], use_tqdm=False)"])
 def test_workers_end_when_their_parent_is_killed(path, tmp_path, end):
     with run_script(tmp_path, path, end=end) as script:
-        assert script.stdout.readline() == "1\n"
-        pids = [int(pid) for pid in script.stdout.readline().split()]
-        assert len(pids) == 2 and all(map(psutil.pid_exists, pids))  # a worker and the resource tracker
-        time.sleep(0.3)
-        script.kill()
+        try:
+            assert script.stdout.readline() == "1\n"
+            pids = [int(pid) for pid in script.stdout.readline().split()]
+            NAMES.extend(script.stdout.readline().strip() for _ in range(3))
+            assert len(pids) == 2 and all(map(psutil.pid_exists, pids))  # a worker and the resource tracker
+            assert len(traces()) == 4
+            time.sleep(0.3)
+        finally:
+            script.kill()
     assert wait_until(lambda: not any(map(psutil.pid_exists, pids)))
 
 
