@@ -209,7 +209,9 @@ def test_int4_linear_computes_with_quantised_activations(m, size, codes):
     packed = Int4Weight.of_codes(codes)
     # Results are rounded to bf16, sums to fp32, scales in fp32 to fp16.
     rounding = 2**-11 if scales == torch.float32 else 2**-20
-    error = (packed.linear(x, bias).double() - exact).abs()
+    out = packed.linear(x, bias)
+    assert torch.equal(out[:1], packed.linear(x[:1], bias))  # which another function computes
+    error = (out.double() - exact).abs()
     assert (error <= 1.01 * 2**-8 * exact.abs() + rounding * (activations.abs() @ meant.abs().double().T)).all()
     rows = packed.rows(torch.arange(n))
     assert torch.equal(rows, meant.to(BF16)) or (scales == torch.float32 and torch.allclose(rows.float(), meant, 2**-7))

@@ -15,7 +15,7 @@ constexpr int64_t MOST_ROWS = 256;  // that a thread computes with one panel
 constexpr int64_t CACHE = 1 << 20;  // what a thread keeps of activations in its L2; of more, one block at a time,
 constexpr int64_t SOME_PANELS = 8;  // with so many panels
 constexpr int64_t MATRIX_ROWS = 6;  // or more are worth the matrix units' setting up
-constexpr int64_t AHEAD = 4096;     // bytes from the weights in use to those that are fetched
+constexpr int64_t AHEAD = 8192;     // bytes from the weights in use to those that are fetched
 
 // Activations in int8, quantised a block of a row at a time by its largest value.
 struct Activations {
@@ -175,6 +175,58 @@ void write_rows(const float (*sums)[PANEL], int64_t rows, const Int4Weight& w, c
     }
 }
 
+// The products of one row and a panel, by the same sums without bytes in between.
+template <int SEGMENTS>
+[[gnu::noinline]] void multiply_row(const Activations& x, const Int4Weight& w, int64_t panel, float* sums) {
+    constexpr int HALF = SEGMENTS > 1 ? SEGMENTS / 2 : 1;  // segments of a half of a block, if not of both
+    Floats totals[2] = {all(0), all(0)};
+    for (int64_t b = 0; b < w.blocks; b++) {
+        const uint8_t* codes = w.block(panel, b);
+        const Value* values = x.values + b * BLOCK;
+        Ints dots[2 * HALF][2];
+#pragma GCC unroll 8
+        for (int s = 0; s < HALF; s++) {
+            Ints low[2] = {all_ints(0), all_ints(0)}, high[2] = {all_ints(0), all_ints(0)};
+            for (int64_t i = 0; i < BLOCK / 2 / HALF; i += 4, codes += 4 * PANEL, values += 4)
+#pragma GCC unroll 2
+                for (int64_t c = 0; c < 2; c++) {
+                    prefetch(codes + AHEAD + 64 * c);
+                    Ints pairs = get<Ints>(codes + 64 * c);
+                    low[c] = add_products(low[c], low_halves(pairs), values);
+                    high[c] = add_products(high[c], high_halves(pairs), values + BLOCK / 2);
+                }
+            for (int c = 0; c < 2; c++) dots[s][c] = low[c], dots[HALF + s][c] = high[c];
+        }
+        for (int c = 0; c < 2; c++) {
+            Floats total = all(0);
+            if constexpr (SEGMENTS == 1) dots[0][c] = dots[0][c] + dots[1][c];
+#pragma GCC unroll 8
+            for (int s = 0; s < SEGMENTS; s++) {
+                int64_t at = w.at(panel, b * BLOCK + s * w.segment) + 16 * c;
+                Floats product = multiply_add(to_floats(dots[s][c]), widened<Floats>(w.zeros + at),
+                                              all(-x.sums[b * SEGMENTS + s]));
+                total = multiply_add(total, product, load_halves(w.scales + at));
+            }
+            totals[c] = multiply_add(totals[c], total, all(x.scales[b]));
+        }
+    }
+    store(sums, totals[0]);
+    store(sums + 16, totals[1]);
+}
+
+void multiply_row(const Activations& x, const Int4Weight& w, const bf16* bias, bf16* out, int64_t n) {
+    int64_t segments = BLOCK / w.segment;
+    auto multiply = segments == 1   ? multiply_row<1>
+                    : segments == 2 ? multiply_row<2>
+                    : segments == 4 ? multiply_row<4>
+                                    : multiply_row<8>;
+    parallel_for(ceil_div(n, PANEL), 2, [&](int64_t panel) {
+        alignas(64) float sums[1][PANEL];
+        multiply(x, w, panel, sums[0]);
+        write_rows(sums, 1, w, bias, panel * PANEL, out, n);
+    });
+}
+
 template <class Unit>
 void multiply(const Activations& x, const Int4Weight& w, const bf16* bias, bf16* out, int64_t m, int64_t n) {
     int64_t parts = ceil_div(m, MOST_ROWS), panels = ceil_div(n, PANEL);
@@ -219,6 +271,7 @@ EXPORT void linear_int4(const bf16* x, int64_t ldx, const uint8_t* codes, const 
     static thread_local Activations activations;
     Int4Weight w{codes, zeros, scales, factors, ceil_div(k, BLOCK), group};
     activations.quantize(x, ldx, m, k, w);
+    if (m == 1) return multiply_row(activations, w, bias, out, n);
 #ifdef WITH_AMX
     if (amx::is_usable && m >= MATRIX_ROWS) return multiply<Matrices>(activations, w, bias, out, m, n);
 #endif
