@@ -188,6 +188,9 @@ class LLMEngine:
                     progress.update(request)
                     failed += [request] if request.error else []
         except KeyboardInterrupt as interrupt:
+            came = [news.get() for _ in range(news.qsize())]
+            for request in [item for item in came if isinstance(item, Request)]:
+                outputs[request.index] = request.output(self.tokenizer)
             interrupt.outputs = outputs
             raise
         finally:  # after an error, Ctrl-C too, nothing of this call stays behind

@@ -154,6 +154,18 @@ def test_ctrl_c_carries_the_finished_outputs(llm, monkeypatch):
     assert [output and output["token_ids"] for output in outputs] == [expected["token_ids"], None] * 3
 
 
+def test_ctrl_c_carries_what_had_finished_before_its_caller_heard(llm, monkeypatch):
+    def interrupted_next_news(news, timeout):
+        while news.empty():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm._loop, "next_news", interrupted_next_news)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        generate(llm, [[5, 6]])
+    assert len(caught.value.outputs[0]["token_ids"]) == GREEDY.max_tokens
+
+
 @pytest.mark.parametrize("where", ["schedule", "postprocess"])
 def test_an_exception_in_the_schedulers_own_code_loses_no_request(llm, where, monkeypatch):
     prompts = random_prompts([9, 30], seed=6)
