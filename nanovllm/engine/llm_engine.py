@@ -189,7 +189,7 @@ class LLMEngine:
                     failed += [request] if request.error else []
         except KeyboardInterrupt as interrupt:
             came = [news.get() for _ in range(news.qsize())]
-            for request in [item for item in came if isinstance(item, Request)]:
+            for request in [item for item in came if isinstance(item, Request)]:  # and not a step's error
                 outputs[request.index] = request.output(self.tokenizer)
             interrupt.outputs = outputs
             raise

@@ -175,6 +175,15 @@ void write_rows(const float (*sums)[PANEL], int64_t rows, const Int4Weight& w, c
     }
 }
 
+// f<SEGMENTS>() for as many segments as a block has.
+template <class F>
+auto with_segments(int64_t segments, F&& f) {
+    return segments == 1   ? f.template operator()<1>()
+           : segments == 2 ? f.template operator()<2>()
+           : segments == 4 ? f.template operator()<4>()
+                           : f.template operator()<8>();
+}
+
 // The products of one row and a panel, by the same sums without bytes in between.
 template <int SEGMENTS>
 [[gnu::noinline]] void multiply_row(const Activations& x, const Int4Weight& w, int64_t panel, float* sums) {
@@ -215,14 +224,9 @@ template <int SEGMENTS>
 }
 
 void multiply_row(const Activations& x, const Int4Weight& w, const bf16* bias, bf16* out, int64_t n) {
-    int64_t segments = BLOCK / w.segment;
-    auto multiply = segments == 1   ? multiply_row<1>
-                    : segments == 2 ? multiply_row<2>
-                    : segments == 4 ? multiply_row<4>
-                                    : multiply_row<8>;
     parallel_for(ceil_div(n, PANEL), 2, [&](int64_t panel) {
         alignas(64) float sums[1][PANEL];
-        multiply(x, w, panel, sums[0]);
+        with_segments(BLOCK / w.segment, [&]<int SEGMENTS>() { multiply_row<SEGMENTS>(x, w, panel, sums[0]); });
         write_rows(sums, 1, w, bias, panel * PANEL, out, n);
     });
 }
@@ -240,10 +244,7 @@ void multiply(const Activations& x, const Int4Weight& w, const bf16* bias, bf16*
         int64_t tiles = ceil_div(rows, Unit::ROWS), segments = BLOCK / w.segment;
         auto sums = (float (*)[PANEL])buffer.data();  // [panels, rows, PANEL]
         std::fill(sums[0], sums[(last - first) * rows], 0.0f);
-        auto add = segments == 1   ? add_block<Unit, 1>
-                   : segments == 2 ? add_block<Unit, 2>
-                   : segments == 4 ? add_block<Unit, 4>
-                                   : add_block<Unit, 8>;
+        auto add = with_segments(segments, []<int SEGMENTS>() { return add_block<Unit, SEGMENTS>; });
         Unit unit;
         for (int64_t b = 0; b < w.blocks; b++)
             for (int64_t panel = first; panel < last; panel++) {
