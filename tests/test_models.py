@@ -14,8 +14,8 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32, "rope_theta": 10000.0,
 }  # fmt: skip
-LONGROPE = {
-    "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0,
+LONGROPE = {  # as Microsoft's checkpoints have it
+    "type": "longrope",
     "short_factor": [1.0 + 0.05 * i for i in range(12)], "long_factor": [1.0 + 0.5 * i for i in range(12)],
 }  # fmt: skip
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 36}
