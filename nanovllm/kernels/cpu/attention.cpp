@@ -174,12 +174,8 @@ struct Attention {  // of a task
 // Writes [T, KH, D] keys or values (tokens `stride` apart) to their slots of a [blocks, KH, block_size, D] cache.
 EXPORT void store_kv(const bf16* x, int64_t stride, bf16* cache, const int64_t* slots, int64_t num_tokens,
                      int64_t num_kv_heads, int64_t block_size, int64_t d) {
-    parallel_for(num_tokens, 5, [&](int64_t t) {
-        for (int64_t h = 0; h < num_kv_heads && slots[t] >= 0; h++) {
-            int64_t block = slots[t] / block_size, offset = slots[t] % block_size;
-            std::memcpy(cache + ((block * num_kv_heads + h) * block_size + offset) * d, x + t * stride + h * d, 2 * d);
-        }
-    });
+    store_rows(x, stride, cache, block_size * d, slots, num_tokens, num_kv_heads, block_size, d,
+               [=](const bf16* row, bf16* block, int64_t offset) { std::memcpy(block + offset * d, row, 2 * d); });
 }
 
 // Copies the first slots of blocks of two [blocks, KH, bytes] caches, for each of copies [n, 3] (source block, target

@@ -142,6 +142,19 @@ void each_rows(const Rows& rows, int64_t num_rows, int64_t start, F&& f) {
     }
 }
 
+// f(row, block, offset) for each of [T, KH, D] keys or values (tokens `stride` apart) that has a slot: its block of a
+// [blocks, KH] cache of blocks of so many T, and its place there.
+template <class T, class F>
+void store_rows(const bf16* x, int64_t stride, T* cache, int64_t block_stride, const int64_t* slots, int64_t num_tokens,
+                int64_t num_kv_heads, int64_t block_size, int64_t d, F&& f) {
+    parallel_for(num_tokens, 5, [&](int64_t t) {
+        for (int64_t h = 0; h < num_kv_heads && slots[t] >= 0; h++) {
+            int64_t block = slots[t] / block_size * num_kv_heads + h;
+            f(x + t * stride + h * d, cache + block * block_stride, slots[t] % block_size);
+        }
+    });
+}
+
 struct Task {
     int64_t seq, head, first, end;  // rows of the sequence
     int64_t from, to;               // keys that they are multiplied with

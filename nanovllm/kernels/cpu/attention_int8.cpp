@@ -36,6 +36,14 @@ inline int32_t round_and_split(const float* x, float factor, int64_t n, int8_t* 
     return sum;
 }
 
+template <int R>
+[[gnu::always_inline]] inline void next_parts(IntRegister (&sums)[R][4]) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) sums[r][i] = next_part(sums[r][i]);
+}
+
 struct Int8Attention {  // of a task
     using T = uint8_t;
 
@@ -68,10 +76,7 @@ struct Int8Attention {  // of a task
             for (int i = 0; i < 4; i++) keys[i] = tile.k + std::min(j + i, tile.n - 1) * d;
 #pragma GCC unroll 2
             for (int part = 0; part < 2; part++) {
-#pragma GCC unroll 4
-                for (int r = 0; r < R && part; r++)
-#pragma GCC unroll 4
-                    for (int i = 0; i < 4; i++) sums[r][i] = next_part(sums[r][i]);
+                if (part) next_parts(sums);
                 for (int64_t c = 0; c < d; c += BYTES)
 #pragma GCC unroll 4
                     for (int i = 0; i < 4; i++) {
@@ -138,10 +143,7 @@ struct Int8Attention {  // of a task
             IntRegister dots[R][4] = {};
 #pragma GCC unroll 2
             for (int part = 0; part < 2; part++) {
-#pragma GCC unroll 4
-                for (int r = 0; r < R && part; r++)
-#pragma GCC unroll 4
-                    for (int i = 0; i < 4; i++) dots[r][i] = next_part(dots[r][i]);
+                if (part) next_parts(dots);
                 for (int64_t j = 0; j < quads; j++) {
                     if (part == 0) fetch(tile.next_k + c * tile.n + j * 4 * BYTES, 0, 1, 4 * BYTES);
                     IntRegister numbers[R];
@@ -258,20 +260,16 @@ struct Int8Attention {  // of a task
 // As store_kv, to a [blocks, KH, block_size, D + 4] cache.
 EXPORT void store_kv_int8(const bf16* x, int64_t stride, uint8_t* cache, const int64_t* slots, int64_t num_tokens,
                           int64_t num_kv_heads, int64_t block_size, int64_t d) {
-    parallel_for(num_tokens, 5, [&](int64_t t) {
-        for (int64_t h = 0; h < num_kv_heads && slots[t] >= 0; h++) {
-            int64_t block = slots[t] / block_size, offset = slots[t] % block_size;
-            uint8_t* head = cache + (block * num_kv_heads + h) * block_size * (d + 4);
-            const bf16* row = x + t * stride + h * d;
-            float largest = largest_size(row, d), scale = largest / 127, factor = 127 / largest;
-            uint32_t codes[MAX_DIM];
-            for (int64_t c = 0; c < d; c++) {
-                float shifted = to_float(row[c]) * factor + (TO_WHOLE + ZERO_BYTE);
-                std::memcpy(codes + c, &shifted, sizeof shifted);
-            }
-            std::copy(codes, codes + d, head + offset * d);  // the last byte of each
-            std::memcpy(head + block_size * d + 4 * offset, &scale, sizeof scale);
+    store_rows(x, stride, cache, block_size * (d + 4), slots, num_tokens, num_kv_heads, block_size, d,
+               [=](const bf16* row, uint8_t* block, int64_t offset) {
+        float largest = largest_size(row, d), scale = largest / 127, factor = 127 / largest;
+        uint32_t codes[MAX_DIM];
+        for (int64_t c = 0; c < d; c++) {
+            float shifted = to_float(row[c]) * factor + (TO_WHOLE + ZERO_BYTE);
+            std::memcpy(codes + c, &shifted, sizeof shifted);
         }
+        std::copy(codes, codes + d, block + offset * d);  // the last byte of each
+        std::memcpy(block + block_size * d + 4 * offset, &scale, sizeof scale);
     });
 }
 
