@@ -12,8 +12,9 @@ from helpers import DEMO_MODEL, ROOT
 
 def test_the_card_holds_on_held_out_prompts(tmp_path):
     """50 held-out prompts of each family, and the example's prompts greedily and 100 times at temperature 0.6."""
-    command = [sys.executable, DEMO_MODEL / "evaluate.py", "--backend", "nanovllm", "--count", "50"]
-    subprocess.run([*command, "--json", tmp_path / "rows.json"], check=True, capture_output=True, cwd=ROOT)
+    command = [sys.executable, DEMO_MODEL / "evaluate.py", "--backend", "nanovllm", "--precision", "bf16"]
+    command += ["--count", "50", "--json", tmp_path / "rows.json"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     rows = json.loads((tmp_path / "rows.json").read_text())
     families = ("introduce", "primes", "add", "sort", "count", "extreme", "reverse", "parity", "other")
     examples = [name for name in rows if name.endswith(("greedy", "T=0.6"))]

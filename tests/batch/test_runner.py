@@ -251,16 +251,16 @@ def test_an_interrupted_job_says_so_and_goes_on(tmp_path):
 def test_killed_at_any_moment_a_job_loses_nothing_and_repeats_nothing(tmp_path):
     path, output = write(tmp_path / "in.jsonl", plain_lines(250, max_tokens=40)), tmp_path / "out"
     rng, num_kills = random.Random(0), 0
-    for _ in range(4):
+    for _ in range(3):
         process = start(path, output)
-        if rng.random() < 0.8:  # the others while the model is loaded, or the output read
+        if rng.random() < 0.7:  # the others while the model is loaded, or the output read
             wait_for_lines(process, output, output.read_bytes().count(b"\n") + 1 if output.exists() else 1)
         time.sleep(rng.random() * 0.1)
         process.kill()
         num_kills += process.wait() == -signal.SIGKILL
         process.communicate()
     num_kept = output.read_bytes().count(b"\n")
-    assert num_kills == 4 and 3 <= num_kept < 250
+    assert num_kills == 3 and 2 <= num_kept < 250
     assert run(path, output)["exit_code"] == 0
     run(path, tmp_path / "at once")
     assert len(records(output)) == 250 and texts(output) == texts(tmp_path / "at once")
