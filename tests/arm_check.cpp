@@ -73,6 +73,44 @@ static void check_linear(int m, int n, int k) {
     }
 }
 
+// Beside a product of rounded activations with what `rows_int4` makes of the weight, which must be near to it.
+static void check_linear_int4(int m, int n, int k, int group) {
+    int rows = (n + 31) / 32 * 32, blocks = (k + 127) / 128, groups = rows * blocks * 128 / group;
+    auto x = random_values(m * k), w = random_values(rows * k);
+    std::vector<uint8_t> codes(rows * blocks * 64), zeros(groups);
+    std::vector<uint16_t> scales(groups);
+    std::vector<float> factors(rows);
+    int4::quantize_int4(w.data(), rows, k, codes.data(), scales.data(), zeros.data(), factors.data(), group);
+    std::vector<int64_t> ids(n);
+    for (int i = 0; i < n; i++) ids[i] = i;
+    std::vector<bf16> known(n * k), out(m * n), one(n);
+    int4::rows_int4(codes.data(), scales.data(), zeros.data(), factors.data(), ids.data(), known.data(), n, k, group);
+    std::vector<double> given(n * k), exact(m * n);
+    for (int i = 0; i < n * k; i++) given[i] = to_float(w[i]);
+    double error = relative_error(known, given);
+    check(error < 0.12, "int4 weight", error, n, k, group);
+    for (int r = 0; r < m; r++)
+        for (int i = 0; i < k; i++) {
+            float largest = 0;
+            for (int j = i / 128 * 128; j < std::min(k, i / 128 * 128 + 128); j++)
+                largest = std::max(largest, std::abs(to_float(x[r * k + j])));
+            float step = largest / 127;
+            double rounded = std::nearbyint(to_float(x[r * k + i]) / step) * step;
+            for (int c = 0; c < n; c++) exact[r * n + c] += rounded * to_float(known[c * k + i]);
+        }
+    auto multiply = [&](const bf16* from, bf16* to, int num) {
+        int4::linear_int4(from, k, codes.data(), scales.data(), zeros.data(), factors.data(), nullptr, to, num, n, k,
+                          group);
+    };
+    multiply(x.data(), out.data(), m);
+    error = relative_error(out, exact);
+    check(error < 1.0 / 256, "int4 product", error, m, n, k);
+    for (int r = 0; r < m; r++) {
+        multiply(&x[r * k], one.data(), 1);
+        check(!std::memcmp(one.data(), &out[r * n], 2 * n), "int4 row", r, m, n, k);
+    }
+}
+
 static void check_attention(int group, int d, int block_size, int queries) {
     int len = 150, kv_heads = 2, heads = kv_heads * group, blocks = (len + block_size - 1) / block_size;
     std::vector<int32_t> table(blocks), bounds{0, queries}, lens{len};
@@ -180,6 +218,9 @@ int main() {
     for (int m : {1, 2, 3, 4, 5, 6, 7, 12, 13})
         for (int n : {32, 45})
             for (int k : {4, 132, 512}) check_linear(m, n, k);
+    for (int m : {1, 2, 5, 13})
+        for (int group : {16, 32, 128})
+            for (int k : {128, 384}) check_linear_int4(m, 45, k, group);
     for (int d : {16, 40, 64, 80, 128, 256})
         for (int group : {1, 2, 3})
             for (int queries : {1, 37}) check_attention(group, d, d == 64 ? 24 : 16, queries);
