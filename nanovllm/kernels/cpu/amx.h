@@ -115,24 +115,20 @@ inline void multiply_steps(const char* x, int64_t stride, const char* w, int64_t
 }
 
 // Sums [rows, COLUMNS] of fp32 or int32, or, at a stride of 0, the same for each row.
-template <bool HAS_SECOND>
+template <bool HAS_SECOND, bool HAS_RIGHT = true>
 inline void load_sums(const void* sums, int64_t stride) {
     load_tile<0>((const char*)sums, stride);
-    load_tile<1>((const char*)sums + 64, stride);
-    if constexpr (HAS_SECOND) {
-        load_tile<2>((const char*)sums + 16 * stride, stride);
-        load_tile<3>((const char*)sums + 16 * stride + 64, stride);
-    }
+    if constexpr (HAS_RIGHT) load_tile<1>((const char*)sums + 64, stride);
+    if constexpr (HAS_SECOND) load_tile<2>((const char*)sums + 16 * stride, stride);
+    if constexpr (HAS_SECOND && HAS_RIGHT) load_tile<3>((const char*)sums + 16 * stride + 64, stride);
 }
 
-template <bool HAS_SECOND>
+template <bool HAS_SECOND, bool HAS_RIGHT = true>
 inline void store_sums(void* sums, int64_t stride) {
     store_tile<0>((char*)sums, stride);
-    store_tile<1>((char*)sums + 64, stride);
-    if constexpr (HAS_SECOND) {
-        store_tile<2>((char*)sums + 16 * stride, stride);
-        store_tile<3>((char*)sums + 16 * stride + 64, stride);
-    }
+    if constexpr (HAS_RIGHT) store_tile<1>((char*)sums + 64, stride);
+    if constexpr (HAS_SECOND) store_tile<2>((char*)sums + 16 * stride, stride);
+    if constexpr (HAS_SECOND && HAS_RIGHT) store_tile<3>((char*)sums + 16 * stride + 64, stride);
 }
 
 // A weight's panels, each of `bytes` bytes for each of its columns, and what becomes of its products.

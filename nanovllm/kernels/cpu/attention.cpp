@@ -94,7 +94,11 @@ void attend_tile_amx(amx::Tiles& units, Rows& rows, int64_t num_rows, const bf16
                      const Tile<bf16>& tile, const Keys<bf16>& keys, int64_t d, float scale) {
     alignas(64) float by_key[KEYS][ROWS], scores[KEYS];
     alignas(64) bf16 weights[ROWS][KEYS], pairs[KEYS / 2][64], last[32 * MAX_DIM];
-    amx::Prefetch values{(const char*)tile.v, 2048}, next{(const char*)tile.next_k, 2048};
+    int64_t halves = (tile.n + 31) / 32, steps = halves * d / 32;  // of 32 keys, and of each product
+    auto fetch_rows = [=](const bf16* x, int64_t n) {
+        return amx::Prefetch{(const char*)x, (2 * n * d / steps + 63) / 64 * 64};
+    };
+    amx::Prefetch values = fetch_rows(tile.v, tile.n), next = fetch_rows(tile.next_k, tile.next_n);
     units.configure(32);
     for (int64_t j = 0; j < tile.n; j += 32) {
         const bf16* k = tile.k + j * keys.k_stride;
@@ -103,10 +107,10 @@ void attend_tile_amx(amx::Tiles& units, Rows& rows, int64_t num_rows, const bf16
             for (int64_t i = 0; i < tile.n - j; i++) std::memcpy(last + i * d, k + i * stride, 2 * d);
             k = last, stride = d;
         }
-        amx::load_sums<true>(amx::zeros, 0);
+        amx::load_sums<true, HAS_SECOND>(amx::zeros, 0);
         amx::multiply_steps<amx::BF16, true, HAS_SECOND>((const char*)k, 2 * stride, (const char*)queries, d / 32,
                                                          values);
-        amx::store_sums<true>(by_key[j], 4 * ROWS);
+        amx::store_sums<true, HAS_SECOND>(by_key[j], 4 * ROWS);
     }
     __m512i lanes16 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int64_t r = 0; r < num_rows; r++) {
@@ -117,14 +121,14 @@ void attend_tile_amx(amx::Tiles& units, Rows& rows, int64_t num_rows, const bf16
     units.configure(num_rows);
     for (int64_t c = 0; c < d; c += 32) {
         const bf16* v = tile.v + c;
-        for (int64_t j = 0; j < KEYS; j += 2, v += 2 * keys.v_stride) {
+        for (int64_t j = 0; j < 32 * halves; j += 2, v += 2 * keys.v_stride) {
             Bits first, second, v0 = load_first<Bits>(v, j < tile.n ? 32 : 0);
             zip(v0, load_first<Bits>(v + keys.v_stride, j + 1 < tile.n ? 32 : 0), first, second);
             put(pairs[j / 2], first);
             put(pairs[j / 2] + 32, second);
         }
         amx::load_sums<HAS_SECOND>(rows.sums[0] + c, 4 * MAX_DIM);
-        amx::multiply_steps<amx::BF16, HAS_SECOND>((const char*)weights, 2 * KEYS, (const char*)pairs, KEYS / 32, next);
+        amx::multiply_steps<amx::BF16, HAS_SECOND>((const char*)weights, 2 * KEYS, (const char*)pairs, halves, next);
         amx::store_sums<HAS_SECOND>(rows.sums[0] + c, 4 * MAX_DIM);
     }
 }
