@@ -31,6 +31,7 @@ SLOW_NAMES = (
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_worker_niceness", "0")  # not 15, at which tests beside it leave Ray no time
 if not torch.cuda.is_available():  # before anything imports triton: kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)

@@ -96,7 +96,6 @@ def test_prefix_cache(run):
 def test_ray_data_pipeline_answers_rows(run, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "local")  # not the cluster that another test has on this machine
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # not 15, at which the others leave it no time
     try:
         first, *answers = run("ray_data")
     finally:

@@ -16,7 +16,6 @@ import pytest
 
 pytest.importorskip("ray")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  not 15, at which other tests leave them no time
 
 import psutil
 import pyarrow

@@ -34,7 +34,7 @@ template <class T>
 struct Tile {  // n keys from `start` on, their scales if T is a byte, and the keys and values of the tile after it
     const T *k, *v, *next_k, *next_v;
     const float *k_scales, *v_scales;
-    int64_t start, n, next_n;  // the last: of the tile after it, 0 if there is none
+    int64_t start, n, next_n = 0;  // the last: keys of the tile after it
 };
 
 template <class T>
@@ -60,7 +60,7 @@ struct Keys {  // of one KV head of one sequence
         };
         if (n <= block_size - offset)
             return {k + start + offset * k_stride, v + start + offset * v_stride, nullptr, nullptr, scales(k),
-                    scales(v), from, n, 0};
+                    scales(v), from, n};
         for (int64_t done = 0; done < n; block++, offset = 0) {
             start = table[block] * block_stride;
             int64_t source = start + offset * d, some = std::min(n - done, block_size - offset);
@@ -72,7 +72,7 @@ struct Keys {  // of one KV head of one sequence
             }
             done += some;
         }
-        return {copy.k, copy.v, nullptr, nullptr, copy.k_scales, copy.v_scales, from, n, 0};
+        return {copy.k, copy.v, nullptr, nullptr, copy.k_scales, copy.v_scales, from, n};
     }
 };
 
