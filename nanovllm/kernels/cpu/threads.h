@@ -1,10 +1,15 @@
 // Loops over several threads, made for a machine that is rarely alone.
 //
 // Work is taken in chunks from a counter by whoever is there: the caller always is, and waits only for threads that have
-// taken some. So a thread that another program keeps from running delays nobody but by the chunk that it may hold.
+// taken some. So a thread that another program keeps from running delays nobody but by the chunk that it may hold, which
+// the caller, after a while, lets it finish on its own core.
 
 #pragma once
 
+#ifdef __linux__
+#include <pthread.h>
+#include <sched.h>
+#endif
 #include <unistd.h>
 
 #include <algorithm>
@@ -29,15 +34,15 @@ class Threads {
     static inline thread_local int64_t count_here = 0;  // of the calling thread; 0: the default
     const int64_t count;
 
-    explicit Threads(int64_t count) : count(count) {
-        for (int64_t i = 1; i < count; i++) helpers.emplace_back([this] { help(); });
+    explicit Threads(int64_t count) : count(count), helpers(count - 1) {
+        for (Helper& helper : helpers) helper.thread = std::thread([&] { help(helper); });
     }
 
     ~Threads() {
         is_ending = true;
         round.fetch_add(1);
         wake();
-        for (auto& helper : helpers) helper.join();
+        for (Helper& helper : helpers) helper.thread.join();
     }
 
     void run(void (*function)(void*, int64_t), void* data, int64_t n) {
@@ -47,12 +52,13 @@ class Threads {
         }
         work = {function, data, n, std::max<int64_t>(1, n / (8 * count))};
         next = 0;
+        auto start = Clock::now();
         is_open = true;
         round.fetch_add(1);
         if (num_asleep > 0) wake();
         take();
         is_open = false;
-        while (num_inside > 0) pause_briefly();
+        wait_for_helpers(start);
     }
 
   private:
@@ -62,10 +68,17 @@ class Threads {
         int64_t n, chunk;
     };
 
-    static constexpr auto SPIN = std::chrono::microseconds(50);  // a few kernels' time, then sleep
+    struct Helper {
+        std::thread thread;
+        std::atomic<int> core{-1};  // where it works; -1: it does not
+    };
+    using Clock = std::chrono::steady_clock;
+
+    static constexpr auto SPIN = std::chrono::microseconds(50);       // a few kernels' time, then sleep
+    static constexpr auto PATIENCE = std::chrono::microseconds(200);  // much less than another's time slice
 
     Work work{};
-    std::vector<std::thread> helpers;
+    std::vector<Helper> helpers;
     std::atomic<int64_t> next{0};
     alignas(64) std::atomic<uint32_t> round{0};
     std::atomic<bool> is_open{false}, is_ending{false};
@@ -85,23 +98,63 @@ class Threads {
             for (int64_t end = std::min(work.n, i + work.chunk); i < end; i++) work.function(work.data, i);
     }
 
-    void help() {
+    void wait_for_helpers(Clock::time_point start) {
+        auto now = Clock::now();
+        auto end = now + std::max<Clock::duration>(PATIENCE, (now - start) / 4);  // the time of some chunks
+        for (int i = 0; num_inside > 0; i++) {
+            pause_briefly();
+            if (i % 16 == 0 && Clock::now() > end)
+                for (Helper& helper : helpers) finish_here(helper);
+        }
+    }
+
+#ifdef __linux__
+    static int this_core() { return sched_getcpu(); }
+
+    static bool move(Helper& helper, int core) {
+        cpu_set_t cores;
+        CPU_ZERO(&cores);
+        CPU_SET(core, &cores);
+        return pthread_setaffinity_np(helper.thread.native_handle(), sizeof cores, &cores) == 0;
+    }
+
+    // Moved back at once, or else the two would go on beside each other.
+    static void finish_here(Helper& helper) {
+        int core = helper.core;
+        cpu_set_t usual;
+        auto handle = helper.thread.native_handle();
+        bool is_moved = core >= 0 && core != this_core() &&
+                        pthread_getaffinity_np(handle, sizeof usual, &usual) == 0 && move(helper, this_core());
+        while (helper.core >= 0) sched_yield();
+        if (is_moved) {
+            move(helper, core);
+            pthread_setaffinity_np(handle, sizeof usual, &usual);
+        }
+    }
+#else
+    static int this_core() { return 0; }
+    static void finish_here(Helper&) {}
+#endif
+
+    void help(Helper& self) {
         for (uint32_t seen = 0;;) {
             seen = wait(seen);
             if (is_ending) return;
             // Work is read only from inside, and changed only while it is not open and nobody is: so a helper that
             // comes late finds it closed, or the next one open.
+            self.core = this_core();
             num_inside.fetch_add(1);
             if (is_open) take();
+            self.core = -1;
             num_inside.fetch_sub(1);
         }
     }
 
     uint32_t wait(uint32_t seen) {
-        auto end = std::chrono::steady_clock::now() + SPIN;
+        auto end = Clock::now() + SPIN;
         for (int i = 0; round == seen; i++) {
             pause_briefly();
-            if (i % 16 == 0 && std::chrono::steady_clock::now() > end) {
+            if (i % 16 == 0 && Clock::now() > end) {
                 num_asleep.fetch_add(1);
                 sleep(seen);
                 num_asleep.fetch_sub(1);
