@@ -45,12 +45,9 @@ class Threads {
         for (Helper& helper : helpers) helper.thread.join();
     }
 
-    void run(void (*function)(void*, int64_t), void* data, int64_t n) {
-        if (helpers.empty()) {
-            for (int64_t i = 0; i < n; i++) function(data, i);
-            return;
-        }
-        work = {function, data, n, std::max<int64_t>(1, n / (8 * count))};
+    void run(void (*function)(void*, int64_t, int64_t), void* data, int64_t n) {
+        if (helpers.empty()) return function(data, 0, n);
+        work = {function, data, n};
         next = 0;
         auto start = Clock::now();
         is_open = true;
@@ -63,9 +60,9 @@ class Threads {
 
   private:
     struct Work {
-        void (*function)(void*, int64_t);
+        void (*function)(void*, int64_t, int64_t);
         void* data;
-        int64_t n, chunk;
+        int64_t n;
     };
 
     struct Helper {
@@ -93,9 +90,11 @@ class Threads {
     void wake() {}
 #endif
 
+    // Large chunks, which read memory in order, and at last small ones, so that all end at about the same time.
     void take() {
-        for (int64_t i; (i = next.fetch_add(work.chunk)) < work.n;)
-            for (int64_t end = std::min(work.n, i + work.chunk); i < end; i++) work.function(work.data, i);
+        auto size = [&] { return std::max<int64_t>(1, (work.n - next) / (2 * count)); };
+        for (int64_t chunk = size(), i; (i = next.fetch_add(chunk)) < work.n; chunk = size())
+            work.function(work.data, i, std::min(work.n, i + chunk));
     }
 
     void wait_for_helpers(Clock::time_point start) {
@@ -184,12 +183,21 @@ inline Threads& my_threads() {
     return *owner.threads;
 }
 
-// f(i) for i from 0 to n - 1, in any order and at the same time; fewer than `least` are not worth other threads' waking.
+// f(begin, end) for ranges that make up 0 to n, in any order and at the same time; fewer than `least` are not worth other
+// threads' waking.
 template <class F>
-void parallel_for(int64_t n, int64_t least, F&& f) {
-    auto call = [](void* data, int64_t i) { (*(std::remove_reference_t<F>*)data)(i); };
+void parallel_ranges(int64_t n, int64_t least, F&& f) {
+    auto call = [](void* data, int64_t begin, int64_t end) { (*(std::remove_reference_t<F>*)data)(begin, end); };
     if (n < least)
-        for (int64_t i = 0; i < n; i++) f(i);
+        f(0, n);
     else
         my_threads().run(call, &f, n);
+}
+
+// f(i) for i from 0 to n - 1, likewise.
+template <class F>
+void parallel_for(int64_t n, int64_t least, F&& f) {
+    parallel_ranges(n, least, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) f(i);
+    });
 }
