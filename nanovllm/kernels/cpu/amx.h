@@ -15,6 +15,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <array>
+
 namespace amx {
 
 constexpr int64_t ROWS = 32, COLUMNS = 32;  // of a product, computed at a time
@@ -62,48 +64,54 @@ class Tiles {
     ~Tiles() { asm volatile("tilerelease" ::); }
 
     // For so many rows of activations, of which STEP bytes or fewer are multiplied at a time.
-    void configure(int64_t wanted, int64_t step = STEP) {
-        if (rows == wanted) return;
-        rows = wanted;
+    void configure(int64_t rows, int64_t step = STEP) {
+        if (rows == configured) return;
+        configured = rows;
+        uint8_t first = std::min<int64_t>(rows, 16), second = std::max<int64_t>(rows - 16, 1), weights = step / 4;
+        set_rows({first, first, second, second, first, second, weights, weights}, step);
+    }
+
+    // Of 64 bytes but in tiles 4 and 5.
+    void set_rows(std::array<uint8_t, 8> rows, int64_t step = STEP) {
         struct alignas(64) {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {};
         } tiles;
         tiles.bytes[4] = tiles.bytes[5] = step;
-        uint8_t first = std::min<int64_t>(rows, 16), second = std::max<int64_t>(rows - 16, 1);
-        for (int i : {0, 1, 4}) tiles.rows[i] = first;
-        for (int i : {2, 3, 5}) tiles.rows[i] = second;
-        tiles.rows[6] = tiles.rows[7] = step / 4;
+        std::copy(rows.begin(), rows.end(), tiles.rows);
         asm volatile("ldtilecfg %0" ::"m"(tiles));
     }
 
   private:
-    int64_t rows = 0;
+    int64_t configured = 0;
 };
 
-// Fetches what is soon worked with, from memory into a thread's L2.
+enum Cache { L1 = 3, L2 = 2 };  // as __builtin_prefetch names them
+
+// Fetches from memory what is soon worked with.
+template <Cache TO>
 struct Prefetch {
     const char* next;
     int64_t bytes;  // in a step
 
     void step() {
-        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, TO);
         next += bytes;
     }
 };
 
 // Adds to the sums the products of activations, rows `stride` bytes apart, and a panel's weights; more than 16 rows if
-// HAS_SECOND.
-template <Kind KIND, bool HAS_SECOND, bool HAS_RIGHT = true>
-inline void multiply_steps(const char* x, int64_t stride, const char* w, int64_t steps, Prefetch& ahead) {
-    for (int64_t i = 0; i < steps; i++, x += STEP, w += PANEL_STEP) {
-        load_tile<6>(w, PANEL_STEP / 16);
+// HAS_SECOND. Rows of the panel are PITCH bytes apart.
+template <Kind KIND, bool HAS_SECOND, bool HAS_RIGHT = true, int64_t PITCH = PANEL_STEP / 16>
+inline void multiply_steps(const char* x, int64_t stride, const char* w, int64_t steps, auto& ahead) {
+    for (int64_t i = 0; i < steps; i++, x += STEP, w += 16 * PITCH) {
+        load_tile<6>(w, PITCH);
         load_tile<4>(x, stride);
         ahead.step();
         multiply<KIND, 0, 4, 6>();
         if constexpr (HAS_RIGHT) {
-            load_tile<7>(w + 64, PANEL_STEP / 16);
+            load_tile<7>(w + 64, PITCH);
             multiply<KIND, 1, 4, 7>();
         }
         if constexpr (HAS_SECOND) {
@@ -180,7 +188,7 @@ void for_products(const Weight& w, bf16* out, int64_t m, int64_t n, Add&& add) {
                         int64_t rows = std::min(ROWS, end - row);
                         units.configure(rows);
                         const char* share = values + COLUMNS * (w.bytes + bytes * ((row - start) / ROWS) / tiles);
-                        Prefetch ahead{tiles == 1 ? values + 4096 : share, PANEL_STEP / tiles};  // of the next panel
+                        Prefetch<L2> ahead{tiles == 1 ? values + 4096 : share, PANEL_STEP / tiles};  // next panel's
                         if (rows > 16)
                             add.template operator()<true>(row, rows, panel, values, byte, bytes, sums, ahead);
                         else
@@ -200,7 +208,7 @@ inline void linear_bf16(const bf16* x, int64_t ldx, const bf16* w, const bf16* b
                         int64_t k) {
     for_products({w, 2 * k, nullptr, bias}, out, m, n,
                  [&]<bool HAS_SECOND>(int64_t row, int64_t, int64_t, const char* values, int64_t byte, int64_t bytes,
-                                      float (*sums)[COLUMNS], Prefetch& ahead) {
+                                      float (*sums)[COLUMNS], auto& ahead) {
         load_sums<HAS_SECOND>(byte ? sums[0] : zeros, byte ? 4 * COLUMNS : 0);
         multiply_steps<BF16, HAS_SECOND>((const char*)(x + row * ldx) + byte, 2 * ldx, values, bytes / STEP, ahead);
         store_sums<HAS_SECOND>(sums, 4 * COLUMNS);
@@ -214,23 +222,27 @@ inline void linear_int8(const uint8_t* x, const float* x_scales, const int8_t* w
     int64_t groups = (k + GROUP - 1) / GROUP;
     for_products({w, k, scales, bias}, out, m, n,
                  [&]<bool HAS_SECOND>(int64_t row, int64_t rows, int64_t panel, const char* values, int64_t byte,
-                                      int64_t bytes, float (*sums)[COLUMNS], Prefetch& ahead) {
-        alignas(64) int32_t dots[ROWS][COLUMNS];
+                                      int64_t bytes, float (*sums)[COLUMNS], auto& ahead) {
+        alignas(64) int32_t dots[2][ROWS][COLUMNS];
         if (byte == 0) std::fill(sums[0], sums[rows], 0.0f);
+        auto add_group = [&](int64_t group) {
+            for (int64_t r = 0; r < rows; r++) {
+                Floats scale = all(x_scales[(row + r) * groups + group]);
+                for (int64_t i = 0; i < COLUMNS; i += 16) {
+                    Floats dot = to_floats(load(dots[group % 2][r] + i));
+                    store(sums[r] + i, multiply_add(load(sums[r] + i), dot, scale));
+                }
+            }
+        };
         for (int64_t from = byte; from < byte + bytes; from += GROUP, values += GROUP * COLUMNS) {
             int64_t group = from / GROUP, size = std::min(GROUP, byte + bytes - from);
             load_sums<HAS_SECOND>(compensation + (panel * groups + group) * COLUMNS, 0);
             multiply_steps<UNSIGNED_BY_SIGNED, HAS_SECOND>((const char*)x + row * k + from, k, values, size / STEP,
                                                            ahead);
-            store_sums<HAS_SECOND>(dots, 4 * COLUMNS);
-            for (int64_t r = 0; r < rows; r++) {
-                Floats scale = all(x_scales[(row + r) * groups + group]);
-                for (int64_t i = 0; i < COLUMNS; i += 16) {
-                    Floats dot = to_floats(load(dots[r] + i));
-                    store(sums[r] + i, multiply_add(load(sums[r] + i), dot, scale));
-                }
-            }
+            store_sums<HAS_SECOND>(dots[group % 2], 4 * COLUMNS);
+            if (from > byte) add_group(group - 1);
         }
+        add_group((byte + bytes - 1) / GROUP);
     });
 }
 

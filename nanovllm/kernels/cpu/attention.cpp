@@ -87,19 +87,44 @@ void attend_tile(Rows& rows, const Operand (*q)[MAX_DIM], int64_t first, const T
 }
 
 #ifdef WITH_AMX
+// sums[r][c] += weights[r] . pairs for 32 columns. If not WIDE, with tiles beside those of scores, of as many rows as
+// there are: 1 and 3 of sums, 7 of weights.
+template <bool WIDE>
+inline void add_pairs(float* sums, const bf16* weights, const bf16* pairs, int64_t halves, auto& ahead) {
+    if constexpr (WIDE) {
+        amx::load_sums<true>(sums, 4 * MAX_DIM);
+        amx::multiply_steps<amx::BF16, true>((const char*)weights, 2 * KEYS, (const char*)pairs, halves, ahead);
+        amx::store_sums<true>(sums, 4 * MAX_DIM);
+    } else {
+        amx::load_tile<1>(sums, 4 * MAX_DIM);
+        amx::load_tile<3>(sums + 16, 4 * MAX_DIM);
+        for (int64_t i = 0; i < halves; i++, weights += 32, pairs += 16 * 64) {
+            amx::load_tile<7>(weights, 2 * KEYS);
+            amx::load_tile<4>(pairs, 128);
+            ahead.step();
+            amx::multiply<amx::BF16, 1, 7, 4>();
+            amx::load_tile<5>(pairs + 32, 128);
+            amx::multiply<amx::BF16, 3, 7, 5>();
+        }
+        amx::store_tile<1>(sums, 4 * MAX_DIM);
+        amx::store_tile<3>(sums + 16, 4 * MAX_DIM);
+    }
+}
+
 // What attend_tile does, for all rows of a task and by matrix units; d is a multiple of 32. The keys are multiplied as
-// activations with the queries as a panel of weights, [d / 2, ROWS, 2], and then the weights with pairs of values.
-template <bool HAS_SECOND>
-void attend_tile_amx(amx::Tiles& units, Rows& rows, int64_t num_rows, const bf16 (*queries)[2 * ROWS],
-                     const Tile<bf16>& tile, const Keys<bf16>& keys, int64_t d, float scale) {
-    alignas(64) float by_key[KEYS][ROWS], scores[KEYS];
-    alignas(64) bf16 weights[ROWS][KEYS], pairs[KEYS / 2][64], last[32 * MAX_DIM];
+// activations with the queries as a panel of weights, [d / 2, WIDE ? 32 : 16, 2], and then the weights with pairs of
+// values. Only what is at hand is computed and kept: a tile of keys and values and the next fill a core's L1.
+template <bool WIDE>
+void attend_tile_amx(Rows& rows, int64_t num_rows, const bf16* queries, const Tile<bf16>& tile, const Keys<bf16>& keys,
+                     int64_t d, float scale) {
+    constexpr int64_t COLUMNS = WIDE ? 32 : 16;
+    alignas(64) float by_key[KEYS][COLUMNS], scores[KEYS];
+    alignas(64) bf16 weights[COLUMNS][KEYS], pairs[KEYS / 2][64], last[32 * MAX_DIM];
     int64_t halves = (tile.n + 31) / 32, steps = halves * d / 32;  // of 32 keys, and of each product
     auto fetch_rows = [=](const bf16* x, int64_t n) {
-        return amx::Prefetch{(const char*)x, (2 * n * d / steps + 63) / 64 * 64};
+        return amx::Prefetch<amx::L1>{(const char*)x, (2 * n * d / steps + 63) / 64 * 64};
     };
-    amx::Prefetch values = fetch_rows(tile.v, tile.n), next = fetch_rows(tile.next_k, tile.next_n);
-    units.configure(32);
+    auto values = fetch_rows(tile.v, tile.n), next = fetch_rows(tile.next_k, tile.next_n);
     for (int64_t j = 0; j < tile.n; j += 32) {
         const bf16* k = tile.k + j * keys.k_stride;
         int64_t stride = keys.k_stride;
@@ -107,18 +132,17 @@ void attend_tile_amx(amx::Tiles& units, Rows& rows, int64_t num_rows, const bf16
             for (int64_t i = 0; i < tile.n - j; i++) std::memcpy(last + i * d, k + i * stride, 2 * d);
             k = last, stride = d;
         }
-        amx::load_sums<true, HAS_SECOND>(amx::zeros, 0);
-        amx::multiply_steps<amx::BF16, true, HAS_SECOND>((const char*)k, 2 * stride, (const char*)queries, d / 32,
-                                                         values);
-        amx::store_sums<true, HAS_SECOND>(by_key[j], 4 * ROWS);
+        amx::load_sums<true, WIDE>(amx::zeros, 0);
+        amx::multiply_steps<amx::BF16, true, WIDE, 4 * COLUMNS>((const char*)k, 2 * stride, (const char*)queries,
+                                                                d / 32, values);
+        amx::store_sums<true, WIDE>(by_key[j], 4 * COLUMNS);
     }
     __m512i lanes16 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int64_t r = 0; r < num_rows; r++) {
         for (int64_t j = 0; j < tile.n; j += 16)
-            _mm512_store_ps(scores + j, _mm512_i32gather_ps(lanes16 * ROWS, by_key[j] + r, 4));
+            _mm512_store_ps(scores + j, _mm512_i32gather_ps(lanes16 * int(COLUMNS), by_key[j] + r, 4));
         soften(scores, tile, scale, rows, r, d, weights[r]);
     }
-    units.configure(num_rows);
     for (int64_t c = 0; c < d; c += 32) {
         const bf16* v = tile.v + c;
         for (int64_t j = 0; j < 32 * halves; j += 2, v += 2 * keys.v_stride) {
@@ -127,21 +151,25 @@ void attend_tile_amx(amx::Tiles& units, Rows& rows, int64_t num_rows, const bf16
             put(pairs[j / 2], first);
             put(pairs[j / 2] + 32, second);
         }
-        amx::load_sums<HAS_SECOND>(rows.sums[0] + c, 4 * MAX_DIM);
-        amx::multiply_steps<amx::BF16, HAS_SECOND>((const char*)weights, 2 * KEYS, (const char*)pairs, halves, next);
-        amx::store_sums<HAS_SECOND>(rows.sums[0] + c, 4 * MAX_DIM);
+        add_pairs<WIDE>(rows.sums[0] + c, weights[0], pairs[0], halves, next);
     }
 }
 
 template <class EachTile>
 void attend_amx(Rows& rows, const bf16 (*q)[MAX_DIM], int64_t num_rows, const Keys<bf16>& keys, int64_t d, float scale,
                 EachTile&& each_tile) {
-    alignas(64) bf16 queries[MAX_DIM / 2][2 * ROWS] = {};
+    bool is_wide = num_rows > 16;
+    int64_t columns = is_wide ? 32 : 16;
+    alignas(64) bf16 queries[MAX_DIM * ROWS];
+    std::fill(queries, queries + d * columns, 0);
     for (int64_t r = 0; r < num_rows; r++)
-        for (int64_t c = 0; c < d; c += 2) std::memcpy(queries[c / 2] + 2 * r, q[r] + c, 4);
+        for (int64_t c = 0; c < d; c += 2) std::memcpy(queries + c * columns + 2 * r, q[r] + c, 4);
     amx::Tiles units;
-    auto attend_rows = num_rows > 16 ? attend_tile_amx<true> : attend_tile_amx<false>;
-    each_tile([&](const Tile<bf16>& tile) { attend_rows(units, rows, num_rows, queries, tile, keys, d, scale); });
+    uint8_t n = num_rows;
+    if (is_wide) units.configure(32);
+    else units.set_rows({16, n, 16, n, 16, 16, 16, n});
+    auto attend_rows = is_wide ? attend_tile_amx<true> : attend_tile_amx<false>;
+    each_tile([&](const Tile<bf16>& tile) { attend_rows(rows, num_rows, queries, tile, keys, d, scale); });
 }
 #else
 void attend_amx(auto&&...) {}

@@ -187,7 +187,7 @@ struct Int8Attention {  // of a task
                      const Tile<T>& tile, int64_t d) {
         alignas(64) int32_t by_key[2][KEYS][ROWS], dots[KEYS], sums[2][ROWS][32];
         alignas(64) T last[32 * MAX_DIM];
-        amx::Prefetch next_v{(const char*)tile.next_v, 1024}, next_k{(const char*)tile.next_k, 1024};
+        amx::Prefetch<amx::L1> next_v{(const char*)tile.next_v, 1024}, next_k{(const char*)tile.next_k, 1024};
         units.configure(32);
         for (int64_t j = 0; j < tile.n; j += 32) {
             const T* k = tile.k + j * d;
