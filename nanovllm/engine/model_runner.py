@@ -42,7 +42,6 @@ from nanovllm.utils.device import (
     default_cache_bytes,
     default_threads,
     is_number_of_threads_chosen,
-    large_zeros,
     upload,
 )
 from nanovllm.utils.loader import load_dummy, load_model
@@ -289,9 +288,11 @@ class ModelRunner:
                 "max_num_batched_tokens or max_num_seqs, raise gpu_memory_utilization, or free memory"
             )
         shape = backend.cache_shape(config.num_kvcache_blocks, *layout)
-        for layer in self.attentions:  # zeros, for flash-attn 3 reads past a sequence's end: 0 times NaN is NaN
-            layer.k_cache = large_zeros(shape, dtype, self.device)
-            layer.v_cache = large_zeros(shape, dtype, self.device)
+        # flash-attn 3 reads past a sequence's end: 0 times NaN is NaN. On a CPU zeros would take their memory at once.
+        allocate = torch.zeros if self.device.type == "cuda" else torch.empty
+        for layer in self.attentions:
+            layer.k_cache = allocate(shape, dtype=dtype, device=self.device)
+            layer.v_cache = allocate(shape, dtype=dtype, device=self.device)
         return needed // num_sharing
 
     def _activation_bytes(self) -> int:

@@ -4,7 +4,9 @@ Legend: T tokens, N/K outputs/inputs of a layer.
 """
 
 import logging
+import mmap
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Protocol
@@ -17,7 +19,6 @@ from nanovllm.kernels import cpu as cpu_kernels
 from nanovllm.kernels.fused import triton_problem
 from nanovllm.kernels.quantized import QuantizedWeight, pack_4_bits, quantize
 from nanovllm.layers.weight_formats import PLAIN, Format
-from nanovllm.utils.device import large_zeros
 from nanovllm.utils.loader import CheckpointTensor, in_order
 
 GROUP_SIZES = 128, 32  # of quantization="int4"
@@ -90,12 +91,26 @@ class Weight:
         found = in_order(part.read(loaded, full_shape, rows or whole[0], columns or whole[1]), order)
         if part.target not in self.parts:
             dtype = self.dtype if self.format.is_plain else found.dtype
-            self.parts[part.target] = large_zeros((self.shape[0], found.shape[1]), dtype, self.device)
+            self.parts[part.target] = self._empty(found.shape[1], dtype)
         self.parts[part.target][into] = found
+
+    def _empty(self, columns: int, dtype: torch.dtype) -> Tensor:
+        """On a CPU in pages of its own, which the system has back once it is converted; malloc would often keep them.
+
+        They are zeros, as are rows that nothing is loaded into. Huge pages, where the system has some, are read faster:
+        bf16 weights stay there.
+        """
+        if self.device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
+            return torch.zeros(self.shape[0], columns, dtype=dtype, device=self.device)
+        pages = mmap.mmap(-1, self.shape[0] * columns * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without them
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(pages, dtype=dtype).view(self.shape[0], columns)
 
     def fill(self, noise: Tensor) -> None:
         """Instead of loading, makes a weight of these values, about as large as `noise`, over and over."""
-        values, dtype = large_zeros(self.shape, self.dtype, self.device), self.format.dtype
+        values, dtype = self._empty(self.shape[1], self.dtype), self.format.dtype
         for part in values.view(-1).split(len(noise)):
             part.copy_(noise[: len(part)])
         if not self.format.is_plain:

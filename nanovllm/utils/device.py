@@ -1,13 +1,12 @@
 """The one place that knows devices apart: which there is, which dtype suits it, what memory and cores it has left."""
 
 import math
-import mmap
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, cycle
@@ -135,19 +134,6 @@ def default_chunk_tokens(device: torch.device) -> int:
 def default_cache_bytes(device: torch.device, available: int) -> int:
     """The KV cache's share of the available memory: all of it on CUDA; on the CPU half of it, at most 4 GiB."""
     return available if device.type == "cuda" else min(CPU_CACHE_BYTES, available // 2)
-
-
-def large_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a CPU in pages of its own: memory is taken when it is first written, and the system has it back at the end,
-    where malloc would often keep it. Huge pages, where the system has some, are read faster.
-    """
-    if device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def upload(
