@@ -6,7 +6,6 @@ Legend: T tokens, N/K outputs/inputs of a layer.
 import logging
 import mmap
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Protocol
@@ -97,15 +96,11 @@ class Weight:
     def _empty(self, columns: int, dtype: torch.dtype) -> Tensor:
         """On a CPU in pages of its own, which the system has back once it is converted; malloc would often keep them.
 
-        They are zeros, as are rows that nothing is loaded into. Huge pages, where the system has some, are read faster:
-        bf16 weights stay there.
+        They are zeros, as are rows that nothing is loaded into.
         """
         if self.device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
             return torch.zeros(self.shape[0], columns, dtype=dtype, device=self.device)
         pages = mmap.mmap(-1, self.shape[0] * columns * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without them
-                pages.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(pages, dtype=dtype).view(self.shape[0], columns)
 
     def fill(self, noise: Tensor) -> None:
