@@ -13,8 +13,7 @@ from nanovllm.utils.context import Context
 pytest.importorskip("triton", reason="triton is published for Linux only")
 
 RAGGED = [(1, 1), (2, 1), (3, 2), (15, 3), (16, 16), (17, 17), (100, 33), (257, 100), (1000, 257)]  # tokens, sequences
-SHAPES = {  # of one rank in bf16: query heads, KV heads, head_dim, block size
-    "D64": (16, 8, 64, 256),
+SHAPES = {  # of one rank in bf16: query heads, KV heads, head_dim, block size; other heads are test_attention_triton's
     "Qwen3-0.6B": (16, 8, 128, 256),
     "Qwen3-32B": (64, 8, 128, 256),
 }
@@ -98,7 +97,7 @@ def test_what_is_launched_in_bf16_fits_each_architecture(arch):
     from nanovllm.kernels import triton_attention
 
     every = without_interpreter(record_shapes, arch)
-    assert len(every) == 2 * 3 + 2 * 3 + 2 * 3 + 2  # prefill, split, merge, store
+    assert len(every) == 2 * 2 + 2 * 2 + 2 * 2 + 1  # prefill, split, merge, store
     for each in sorted(every, key=str):
         kernel, constexprs = getattr(triton_attention, each.kernel), dict(each.constexprs)
         if each.kernel == "_prefill_kernel" and constexprs["GROUP"] > 2:
