@@ -58,7 +58,7 @@ inline void multiply() {
 }
 
 // A thread's tiles: 0 and 1 the sums of the first 16 rows, 2 and 3 of the others, 4 and 5 their activations, 6 and 7
-// weights. Other libraries set them up in their own way, so that each task begins and ends with them.
+// weights. Other libraries set them up in their own way, so that tasks that follow each other begin and end with them.
 class Tiles {
   public:
     ~Tiles() { asm volatile("tilerelease" ::); }
@@ -147,8 +147,7 @@ struct Weight {
     const bf16* bias;     // [N] or nullptr
 };
 
-// If `streams`, past the caches: to fetch first the lines that are overwritten here would take a fifth of the time of
-// few rows' multiplication.
+// If `streams`, past the caches: lines that are overwritten as a whole need not be fetched first.
 inline void write_rows(const float (*sums)[COLUMNS], int64_t rows, const Weight& w, int64_t column, bf16* out,
                        int64_t n, bool streams) {
     streams = streams && column + COLUMNS <= n && (uintptr_t(out) | 2 * n) % 64 == 0;
