@@ -1,8 +1,8 @@
 // Loops over several threads, made for a machine that is rarely alone.
 //
-// Work is taken in chunks from a counter by whoever is there: the caller always is, and waits only for threads that have
-// taken some. So a thread that another program keeps from running delays nobody but by the chunk that it may hold, which
-// the caller, after a while, lets it finish on its own core.
+// Work is taken in chunks from a counter by whoever is there: the caller always is, and waits only for threads that
+// have taken some. So a thread that another program keeps from running delays nobody but by the chunk that it may hold,
+// which the caller, after a while, lets it finish on its own core.
 
 #pragma once
 
@@ -183,8 +183,8 @@ inline Threads& my_threads() {
     return *owner.threads;
 }
 
-// f(begin, end) for ranges that make up 0 to n, in any order and at the same time; fewer than `least` are not worth other
-// threads' waking.
+// f(begin, end) for ranges that make up 0 to n, in any order and at the same time; fewer than `least` are not worth
+// other threads' waking.
 template <class F>
 void parallel_ranges(int64_t n, int64_t least, F&& f) {
     auto call = [](void* data, int64_t begin, int64_t end) { (*(std::remove_reference_t<F>*)data)(begin, end); };
