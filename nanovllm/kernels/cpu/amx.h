@@ -71,7 +71,7 @@ class Tiles {
         set_rows({first, first, second, second, first, second, weights, weights}, step);
     }
 
-    // Of 64 bytes but in tiles 4 and 5.
+    // The rows of each tile, which are 64 bytes long, or `step` in tiles 4 and 5.
     void set_rows(std::array<uint8_t, 8> rows, int64_t step = STEP) {
         struct alignas(64) {
             uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -173,32 +173,33 @@ void for_products(const Weight& w, bf16* out, int64_t m, int64_t n, Add&& add) {
     int64_t panels = (n + COLUMNS - 1) / COLUMNS, some = fits ? 1 : PANELS, slice = fits ? w.bytes : SLICE;
     int64_t groups = (panels + some - 1) / some;
     bool streams = n * w.bytes > CACHE;  // weights, so that results do not stay in a cache anyway
-    parallel_ranges(blocks * groups, 2, [&](int64_t from, int64_t to) {
+    auto multiply_task = [&](Tiles& units, int64_t i) {
         static thread_local std::vector<float> buffer(PANELS * BLOCK * COLUMNS);
-        Tiles units;
-        for (int64_t i = from; i < to; i++) {
-            int64_t start = i / groups * size, end = std::min(m, start + size), tiles = (end - start + ROWS - 1) / ROWS;
-            for (int64_t byte = 0; byte < w.bytes; byte += slice) {
-                auto sums = (float (*)[COLUMNS])buffer.data();
-                int64_t bytes = std::min(slice, w.bytes - byte);
-                for (int64_t panel = i % groups * some; panel < std::min(panels, (i % groups + 1) * some); panel++) {
-                    const char* values = (const char*)w.panels + (panel * w.bytes + byte) * COLUMNS;
-                    for (int64_t row = start; row < end; row += ROWS, sums += ROWS) {
-                        int64_t rows = std::min(ROWS, end - row);
-                        units.configure(rows);
-                        const char* share = values + COLUMNS * (w.bytes + bytes * ((row - start) / ROWS) / tiles);
-                        Prefetch<L2> ahead{tiles == 1 ? values + 4096 : share, PANEL_STEP / tiles};  // next panel's
-                        if (rows > 16)
-                            add.template operator()<true>(row, rows, panel, values, byte, bytes, sums, ahead);
-                        else
-                            add.template operator()<false>(row, rows, panel, values, byte, bytes, sums, ahead);
-                        if (byte + bytes == w.bytes)
-                            write_rows(sums, rows, w, panel * COLUMNS, out + row * n, n, streams);
-                    }
+        int64_t start = i / groups * size, end = std::min(m, start + size), tiles = (end - start + ROWS - 1) / ROWS;
+        for (int64_t byte = 0; byte < w.bytes; byte += slice) {
+            auto sums = (float (*)[COLUMNS])buffer.data();
+            int64_t bytes = std::min(slice, w.bytes - byte);
+            for (int64_t panel = i % groups * some; panel < std::min(panels, (i % groups + 1) * some); panel++) {
+                const char* values = (const char*)w.panels + (panel * w.bytes + byte) * COLUMNS;
+                for (int64_t row = start; row < end; row += ROWS, sums += ROWS) {
+                    int64_t rows = std::min(ROWS, end - row);
+                    units.configure(rows);
+                    const char* share = values + COLUMNS * (w.bytes + bytes * ((row - start) / ROWS) / tiles);
+                    Prefetch<L2> ahead{tiles == 1 ? values + 4096 : share, PANEL_STEP / tiles};  // of the next panel
+                    if (rows > 16)
+                        add.template operator()<true>(row, rows, panel, values, byte, bytes, sums, ahead);
+                    else
+                        add.template operator()<false>(row, rows, panel, values, byte, bytes, sums, ahead);
+                    if (byte + bytes == w.bytes)
+                        write_rows(sums, rows, w, panel * COLUMNS, out + row * n, n, streams);
                 }
             }
         }
-        _mm_sfence();
+    };
+    parallel_ranges(blocks * groups, 2, [&](int64_t begin, int64_t end) {
+        Tiles units;
+        for (int64_t i = begin; i < end; i++) multiply_task(units, i);
+        _mm_sfence();  // or others could read results before they are there
     });
 }
 

@@ -117,7 +117,7 @@ class Threads {
         return pthread_setaffinity_np(helper.thread.native_handle(), sizeof cores, &cores) == 0;
     }
 
-    // Moved back at once, or else the two would go on beside each other.
+    // The caller's core is free meanwhile. Moved back at once, or else the two would go on beside each other.
     static void finish_here(Helper& helper) {
         int core = helper.core;
         cpu_set_t usual;
