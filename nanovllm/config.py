@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from nanovllm.kernels.attention import BACKENDS
 from nanovllm.kernels.cpu import NEEDS, has_kernels, load_kernels
@@ -23,6 +21,7 @@ from nanovllm.layers.weight_formats import Format, read_format
 from nanovllm.models import MODELS
 from nanovllm.utils.checks import check_bool, check_choice, check_float, check_int, nearest_name, reading
 from nanovllm.utils.device import default_batched_tokens, default_chunk_tokens, resolve_device, suitable_dtype
+from nanovllm.utils.hf_types import PretrainedConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
@@ -149,13 +148,13 @@ class Config:
                 check_int("eos", token_id)
 
     def to_send(self) -> "Config":
-        """A copy for another process. Our models read attributes alone of `hf_config`; a class of transformers' for
-        them would import all of its models there, which takes longer than everything else of a start.
+        """A copy for another process. Our models read attributes alone of `hf_config`; a class of transformers' would
+        import it there, and all of its models, which takes longer than everything else of a start.
         """
         theirs = copy.copy(self)
         if self.model_class.__module__.startswith("nanovllm.models."):
-            theirs.hf_config = PretrainedConfig()
-            theirs.hf_config.__dict__.update(self.hf_config.__dict__, attribute_map=self.hf_config.attribute_map)
+            aliases = {name: getattr(self.hf_config, name, None) for name in self.hf_config.attribute_map}
+            theirs.hf_config = SimpleNamespace(**{**vars(self.hf_config), **aliases})
         return theirs
 
     @property
@@ -228,6 +227,8 @@ class Config:
         """The ids in generation_config.json, else in config.json; none is an empty list."""
         eos = None
         if (self.model_path / "generation_config.json").is_file():
+            from transformers import GenerationConfig
+
             eos = GenerationConfig.from_pretrained(self.model_path).eos_token_id
         if eos is None:
             eos = getattr(self.hf_config, "eos_token_id", None)
@@ -260,6 +261,9 @@ def resolve_model(model: str | Path) -> Path:
         raise ValueError(f"{name} is a file; pass the directory that it is in, {str(path.parent)!r}")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):  # an owner begins with no dot, as relative paths do
         raise ValueError(f"{name} is neither a directory nor an 'owner/name' id of the Hugging Face hub")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     try:
         return Path(snapshot_download(str(model), allow_patterns=CHECKPOINT_FILES))
     except (OSError, HFValidationError) as error:
@@ -289,6 +293,8 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         raise ValueError(f"{file} is damaged: it has {reprlib.repr(raw)} instead of an object")
     # Before transformers is asked, which may not know it either.
     supported_architecture(raw.get("architectures"), raw.get("model_type"), path)
+    from transformers import AutoConfig
+
     with reading(file):
         hf_config = AutoConfig.from_pretrained(path)
         for name in SIZES:

@@ -1,7 +1,11 @@
 """Settings are checked before anything is loaded, and models are found or refused with a remedy."""
 
 import json
+import pickle
+import subprocess
+import sys
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -109,19 +113,19 @@ def test_a_hub_id_that_is_not_cached_says_how_to_download_it(monkeypatch, tmp_pa
     def offline(*args, **kwargs):
         raise FileNotFoundError("no network")
 
-    monkeypatch.setattr(config, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ValueError, match=r"hf download Qwen/Qwen3-0\.6B"):
         Config("Qwen/Qwen3-0.6B")
 
 
 def test_a_hub_id_resolves_to_its_snapshot(monkeypatch, path):
-    monkeypatch.setattr(config, "snapshot_download", lambda repo_id, **kwargs: str(path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **kwargs: str(path))
     assert Config("owner/name").model_path == path
 
 
 @pytest.mark.parametrize("model", ["/no/such/model", "./nosuch", "../nosuch", "~/nosuch", "a/b/c", "https://a.b/c/d"])
 def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id(model, monkeypatch):
-    monkeypatch.setattr(config, "snapshot_download", None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(ValueError, match="neither a directory nor"):
         Config(model)
 
@@ -130,7 +134,7 @@ def test_a_missing_directory_beside_others_is_not_advised_to_be_downloaded(monke
     def offline(*args, **kwargs):
         raise FileNotFoundError("no network")
 
-    monkeypatch.setattr(config, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     with pytest.raises(ValueError, match="does not exist in the directory 'models'") as caught:
@@ -200,3 +204,18 @@ def test_batch_invariant_on_a_gpu_needs_our_attention(path, monkeypatch):
         Config(str(path), batch_invariant=True, attention_backend="flash_attn", dtype="float16")
     with pytest.raises(TypeError, match="batch_invariant"):
         Config(str(path), batch_invariant="yes")
+
+
+def test_another_process_makes_the_model_without_transformers(path):
+    """Whose import takes as long as PyTorch's."""
+    code = """
+import pickle, sys, torch
+from nanovllm.utils.parallel import TensorParallel
+from nanovllm.engine import parallel_runner, replica
+config = pickle.load(sys.stdin.buffer)
+with torch.device("meta"):
+    config.model_class(config.hf_config, config.max_model_len, TensorParallel())
+print("transformers" in sys.modules)
+"""
+    sent = pickle.dumps(Config(str(path)).to_send())
+    assert subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True).stdout == b"False\n"

@@ -8,11 +8,11 @@ from typing import Any
 
 import jinja2
 from jinja2 import meta
-from transformers import PreTrainedTokenizerBase
 
 from nanovllm.engine.inputs import Rendered
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import nearest_name
+from nanovllm.utils.hf_types import PreTrainedTokenizerBase
 
 Message = dict[str, Any]  # of object, a user's dict[str, str] would be none
 Conversations = Sequence[Message] | Sequence[Sequence[Message]]

@@ -2,9 +2,8 @@
 
 from functools import lru_cache
 
-from transformers import PreTrainedTokenizerBase
-
 from nanovllm.engine.sequence import Sequence
+from nanovllm.utils.hf_types import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"  # of bytes that are no character, or not yet
 PATIENCE = 64  # see `TextStream`

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from nanovllm.config import Config
 from nanovllm.engine.grammar import Grammars
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.hf_types import PreTrainedTokenizerBase
 
 Prompt = str | SequenceOf[int] | dict[str, Any]  # a dict has one of the others as "prompt" or "prompt_token_ids"
 Prompts = Prompt | SequenceOf[Prompt]

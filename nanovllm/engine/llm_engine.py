@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 from xxhash import xxh64_intdigest
 
 from nanovllm.config import Config, known_fields
@@ -30,6 +29,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import GenerationError, RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.hf_types import PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from typing_extensions import Self

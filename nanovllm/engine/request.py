@@ -6,11 +6,11 @@ from functools import cache
 from queue import SimpleQueue
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from nanovllm.engine.detokenizer import completion_text, token_pieces, token_text
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, Record, RequestOutput, StreamDelta, TokenLogprob
+from nanovllm.utils.hf_types import PreTrainedTokenizerBase
 
 
 class Request:

@@ -2,11 +2,10 @@
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nanovllm.kernels.fused import fused_ops
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.utils.hf_types import PretrainedConfig
 
 
 def rope_settings(config: PretrainedConfig) -> dict:
@@ -39,11 +38,8 @@ class RotaryEmbedding(nn.Module):
             if rope_type == "default":
                 exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
                 inv_freq, scale = 1.0 / settings["rope_theta"] ** exponents, 1.0
-            elif rope_type in ROPE_INIT_FUNCTIONS:
-                inv_freq, scale = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=max_len)
             else:
-                known = f"this version of transformers, which has {['default', *sorted(ROPE_INIT_FUNCTIONS)]}"
-                raise ValueError(f"rope_type {rope_type!r} is unknown to {known}")
+                inv_freq, scale = _scaled(rope_type, config, max_len)
             angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq.float())
             cos, sin = angles.cos() * scale, angles.sin() * scale
             if kept:
@@ -67,6 +63,20 @@ class RotaryEmbedding(nn.Module):
             query, key = q_norm(query), k_norm(key)
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+
+def _scaled(rope_type: str, config: PretrainedConfig, max_len: int) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies, and the factor of cosines and sines."""
+    from transformers import PretrainedConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if rope_type not in ROPE_INIT_FUNCTIONS:
+        known = f"this version of transformers, which has {['default', *sorted(ROPE_INIT_FUNCTIONS)]}"
+        raise ValueError(f"rope_type {rope_type!r} is unknown to {known}")
+    if not isinstance(config, PretrainedConfig):  # of which some functions ask more than a worker's has
+        attributes, config = vars(config), PretrainedConfig()
+        vars(config).update(attributes)
+    return ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=max_len)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

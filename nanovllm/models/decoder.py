@@ -6,7 +6,6 @@ Legend: T tokens in the step, R tokens to sample, H/KH query/KV heads of this ra
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.attention import Attention
@@ -15,6 +14,7 @@ from nanovllm.layers.experts import Experts, Router
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.utils.hf_types import PretrainedConfig
 from nanovllm.utils.parallel import TensorParallel
 
 

@@ -2,9 +2,8 @@
 (Jiang et al., 2023, arXiv:2310.06825), which is the same but for its sizes.
 """
 
-from transformers import PretrainedConfig
-
 from nanovllm.models.decoder import DecoderForCausalLM, Variant
+from nanovllm.utils.hf_types import PretrainedConfig
 from nanovllm.utils.parallel import TensorParallel
 
 

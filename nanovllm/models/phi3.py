@@ -2,9 +2,8 @@
 in some a rotary embedding of a part of each head.
 """
 
-from transformers import PretrainedConfig
-
 from nanovllm.models.decoder import DecoderForCausalLM, Variant
+from nanovllm.utils.hf_types import PretrainedConfig
 from nanovllm.utils.parallel import TensorParallel
 
 

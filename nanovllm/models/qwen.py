@@ -1,8 +1,7 @@
 """Qwen2 and 2.5 (Qwen Team, 2024, arXiv:2407.10671), and Qwen3 (2025, arXiv:2505.09388), dense and of experts."""
 
-from transformers import PretrainedConfig
-
 from nanovllm.models.decoder import DecoderForCausalLM, Variant
+from nanovllm.utils.hf_types import PretrainedConfig
 from nanovllm.utils.parallel import TensorParallel
 
 
