@@ -12,7 +12,7 @@ from nanovllm.outputs import Record
 
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 is_missing = any(find_spec(name) is None for name in ("lm_eval", "accelerate"))  # which its `hf` model needs
-pytestmark = pytest.mark.skipif(is_missing, reason="lm_eval or accelerate is not installed: requirements-dev.txt")
+pytestmark = pytest.mark.skipif(is_missing, reason="lm_eval or accelerate is not installed: requirements-lm-eval.txt")
 
 MAX_LENGTH = 96  # tokens, less than the longest text has
 ADDENDS = [(3, 4), (17, 25), (100, 250), (8, 9), (31, 6)]
