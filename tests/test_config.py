@@ -218,4 +218,5 @@ with torch.device("meta"):
 print("transformers" in sys.modules)
 """
     sent = pickle.dumps(Config(str(path)).to_send())
-    assert subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True).stdout == b"False\n"
+    result = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True)
+    assert result.stdout == b"False\n"
