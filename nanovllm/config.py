@@ -153,7 +153,8 @@ class Config:
         """
         theirs = copy.copy(self)
         if self.model_class.__module__.startswith("nanovllm.models."):
-            aliases = {name: getattr(self.hf_config, name, None) for name in self.hf_config.attribute_map}
+            names = getattr(self.hf_config, "attribute_map", ())  # which it has no longer if it was sent before
+            aliases = {name: getattr(self.hf_config, name, None) for name in names}
             theirs.hf_config = SimpleNamespace(**{**vars(self.hf_config), **aliases})
         return theirs
 
