@@ -52,8 +52,9 @@ def path(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def backend(cluster, path) -> Iterator[RayBackend]:
+    """For one job after the other, whatever happened before; closed by the last test that takes it."""
     backend = RayBackend(path, SETTINGS, cluster.address)
     yield backend
     backend.close()
@@ -91,6 +92,24 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def test_replicas_share_the_work(path, backend):
+    items = greedy_items(200)
+    wait_for_replicas(backend, 2, items)
+    tokens = [stats["output_tokens"] for stats in backend._stats.values()]
+    assert sum(tokens) == backend.stats()["output_tokens"] and min(tokens) > 0.3 * sum(tokens)
+
+
+def wait_for_replicas(backend: RayBackend, n: int, items: list[Item]) -> None:
+    """Runs the items; only the first until `n` replicas are up."""
+
+    def source() -> Iterator[Item]:
+        yield items[0]
+        wait_until(lambda: backend.stats()["replicas"] == n)
+        yield from items[1:]
+
+    assert sum(1 for _ in backend.run(source())) == len(items)
+
+
 def test_a_killed_actor_and_a_lost_node_cost_no_answer_and_change_none(cluster, path, backend, caplog):
     """And a node that joins gets the replica that the lost one had."""
     items, answers = greedy_items(900), {}
@@ -117,24 +136,6 @@ def lose_a_node(cluster: Cluster) -> None:
     [replica] = [p for p in processes_of_replicas() if any(q.pid == raylet.process.pid for q in p.parents())]
     cluster.remove_node(node)
     wait_until(lambda: replica not in processes_of_replicas())
-
-
-def test_replicas_share_the_work(path, backend):
-    items = greedy_items(200)
-    wait_for_replicas(backend, 2, items)
-    tokens = [stats["output_tokens"] for stats in backend._stats.values()]
-    assert sum(tokens) == backend.stats()["output_tokens"] and min(tokens) > 0.3 * sum(tokens)
-
-
-def wait_for_replicas(backend: RayBackend, n: int, items: list[Item]) -> None:
-    """Runs the items; only the first until `n` replicas are up."""
-
-    def source() -> Iterator[Item]:
-        yield items[0]
-        wait_until(lambda: backend.stats()["replicas"] == n)
-        yield from items[1:]
-
-    assert sum(1 for _ in backend.run(source())) == len(items)
 
 
 def test_what_a_request_fails_of_concerns_no_other(path, backend, monkeypatch):
@@ -177,6 +178,11 @@ def test_an_input_that_raises_ends_the_job_with_its_error(path, backend):
 
     with pytest.raises(OSError, match="the disk is gone"):
         list(backend.run(source()))
+
+
+def test_a_closed_backend_leaves_no_replica(backend):
+    backend.close()
+    wait_until(lambda: not processes_of_replicas())
 
 
 def test_a_job_whose_driver_is_killed_goes_on_with_what_is_missing(cluster, tmp_path):

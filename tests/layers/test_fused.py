@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from aot import ARCHITECTURES, Binary, compile_kernel
+from aot import ALL, ARCHITECTURES, Binary, compile_kernel
 from helpers import make_config, random_prompts, save_model
 from launches import Specialization, record, without_interpreter
 from nanovllm import LLM, SamplingParams
@@ -246,7 +246,7 @@ def test_no_batch_compiles_anything_after_a_warm_up(recorded):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
 def test_every_kernel_compiles_ahead_of_time_without_spills(ops, recorded, arch):
-    every = set.union(*recorded.shapes.values())
+    every = set.union(*recorded.shapes.values()) if ALL or arch == 90 else recorded.shapes["Qwen3-0.6B"]
     assert {each.kernel for each in every} == {name for name in vars(ops) if name.endswith("_kernel")}
     for each in sorted(every, key=str):
         binary = compile_ahead(ops, each, arch)
