@@ -27,6 +27,7 @@ from nanovllm.engine.replicas import ReplicaLoop
 from nanovllm.engine.request import Request, error_text
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.workers import check_main_guard
 from nanovllm.outputs import GenerationError, RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.hf_types import PreTrainedTokenizerBase
@@ -51,6 +52,8 @@ class LLMEngine:
     """
 
     def __init__(self, model: str | Path, **kwargs: object):
+        if not kwargs.get("tensor_parallel_size", 1) == kwargs.get("data_parallel_size", 1) == 1:
+            check_main_guard()  # before the seconds that reading a configuration takes
         config = Config(model, **known_fields(kwargs))
         self.config = config
         self.tokenizer = inputs.load_tokenizer(config)

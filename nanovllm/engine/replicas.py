@@ -24,7 +24,7 @@ from nanovllm.engine.forecast import learn_output_ratio
 from nanovllm.engine.replica import Completion, End, Growth, Orders, PackedError, Ready, Report, Work
 from nanovllm.engine.replica_process import ReplicaProcess
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.engine.workers import EXIT_SECONDS, check_main_guard
+from nanovllm.engine.workers import EXIT_SECONDS
 from nanovllm.utils.device import default_threads
 
 MAX_RESTARTS = 2  # of each replica
@@ -65,7 +65,6 @@ class ReplicaLoop(CallLoop):
     """
 
     def __init__(self, config: Config):
-        check_main_guard()
         self.output_ratio = 1.0  # see `Scheduler`
         self._waiting: deque[Group] = deque()
         self._num_waiting = 0  # sequences of these

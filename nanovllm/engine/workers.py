@@ -87,7 +87,6 @@ class Workers:
     """
 
     def __init__(self, size: int, timeout: float, work: Callable[..., None], *args: object):
-        check_main_guard()
         context = multiprocessing.get_context("spawn")
         self._channel = Channel(context, size - 1)
         self._processes: list[SpawnProcess] = []

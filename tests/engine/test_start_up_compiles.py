@@ -61,11 +61,13 @@ def record_engine(
         )  # fmt: skip
 
     def generate() -> None:
-        for lens in ([1], [2, 17], [33, 5, 1], [3] * 4, [40, 1, 2, 3, 4, 5, 6, 7, 8]):  # of which some are chunked
-            for options in ({}, {"top_p": 0.5}, {"temperature": 0}, {"logprobs": 1, "prompt_logprobs": 1}, {"n": 2}):
-                params = SamplingParams(max_tokens=3, ignore_eos=True, **options)
-                for _ in range(2):  # the second time with cached prefixes
-                    llm.generate(random_prompts(lens), params, use_tqdm=False)
+        every = {"top_p": 0.5}, {"temperature": 0}, {"logprobs": 1, "prompt_logprobs": 1}, {"n": 2}
+        batches = [1], [2, 17], [33, 5, 1], [3] * 4, [40, 1, 2, 3, 4, 5, 6, 7, 8]  # of which some are chunked
+        plain = [(lens, {}) for lens in batches]
+        for lens, options in plain + [(lens, options) for options in every for lens in (batches[2], batches[4])]:
+            params = SamplingParams(max_tokens=3, ignore_eos=True, **options)
+            for _ in range(2):  # the second time with cached prefixes
+                llm.generate(random_prompts(lens), params, use_tqdm=False)
 
     return record(start), record(generate)
 
