@@ -52,7 +52,7 @@ class LLMEngine:
     """
 
     def __init__(self, model: str | Path, **kwargs: object):
-        if not kwargs.get("tensor_parallel_size", 1) == kwargs.get("data_parallel_size", 1) == 1:
+        if (kwargs.get("tensor_parallel_size", 1), kwargs.get("data_parallel_size", 1)) != (1, 1):
             check_main_guard()  # before the seconds that reading a configuration takes
         config = Config(model, **known_fields(kwargs))
         self.config = config
