@@ -155,7 +155,7 @@ class Config:
         if self.model_class.__module__.startswith("nanovllm.models."):
             names = getattr(self.hf_config, "attribute_map", ())  # which it has no longer if it was sent before
             aliases = {name: getattr(self.hf_config, name, None) for name in names}
-            theirs.hf_config = SimpleNamespace(**{**vars(self.hf_config), **aliases})
+            theirs.hf_config = SimpleNamespace(**(vars(self.hf_config) | aliases))
         return theirs
 
     @property

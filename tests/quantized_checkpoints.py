@@ -33,7 +33,7 @@ def save_quantized(path: Path, method: str, ignored: tuple[str, ...] = (), **ove
     save_file(load_file(plain / "model.safetensors") | meant, plain / "model.safetensors", {"format": "pt"})
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     edit_config(path, quantization_config=config)
-    return AutoModelForCausalLM.from_pretrained(plain, torch_dtype=torch.float32).eval()  # `dtype` in newer versions
+    return AutoModelForCausalLM.from_pretrained(plain).float().eval()
 
 
 def edit_config(path: Path, **changes) -> None:

@@ -67,14 +67,14 @@ class RotaryEmbedding(nn.Module):
 
 def _scaled(rope_type: str, config: PretrainedConfig, max_len: int) -> tuple[torch.Tensor, float]:
     """Inverse frequencies, and the factor of cosines and sines."""
-    from transformers import PretrainedConfig
+    import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if rope_type not in ROPE_INIT_FUNCTIONS:
         known = f"this version of transformers, which has {['default', *sorted(ROPE_INIT_FUNCTIONS)]}"
         raise ValueError(f"rope_type {rope_type!r} is unknown to {known}")
-    if not isinstance(config, PretrainedConfig):  # of which some functions ask more than a worker's has
-        attributes, config = vars(config), PretrainedConfig()
+    if not isinstance(config, transformers.PretrainedConfig):  # some of them ask it more than a worker's can answer
+        attributes, config = vars(config), transformers.PretrainedConfig()
         vars(config).update(attributes)
     return ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=max_len)
 

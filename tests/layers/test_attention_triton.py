@@ -234,7 +234,7 @@ if ALL:
     VARIANTS += [(torch.bfloat16, head_dim, 20, 16) for head_dim in (16, 48, 64, 96, 160, 256)]
     VARIANTS += [(torch.float32, head_dim, group, 256) for head_dim, group in ((64, 2), (128, 20), (256, 16))]
 FITTING = in_turn(VARIANTS, ARCHITECTURES, is_whole=ALL)
-FITTING += [(VARIANTS[2], 86)] if (VARIANTS[2], 86) not in FITTING else []  # the largest tiles, the least memory
+FITTING += [(VARIANTS[2], arch) for arch in ARCHITECTURES if (VARIANTS[2], arch) not in FITTING]  # the largest tiles
 
 
 def check_binary(kernel, tensors: str, others: str, arch: int, dtype: torch.dtype, constexprs: dict) -> None:

@@ -158,7 +158,7 @@ def test_eight_sets_of_options_in_one_batch_have_their_own_distributions(road):
     """Each within what chance does in one of 10,000 tests, and nothing outside its support."""
     logits = (torch.randn(VOCAB, generator=torch.Generator().manual_seed(8)) * 2).bfloat16().float()
     params = [SamplingParams(max_tokens=99, **kwargs) for kwargs in EIGHT]
-    tokens = draw(logits, road, params, 5000)
+    tokens = draw(logits, road, params, 10_000)
     for column, own in enumerate(params):
         bad = [[9, 30, 12], [40], [8, 30, 3]] if own.bad_words else []
         edited = plain_edit(logits, own, [5, 9, 9], [7, 9, 30], {1} | set(own.stop_token_ids), bad)
