@@ -5,6 +5,7 @@
 namespace {
 
 constexpr int64_t PAIRS = 2 * WIDTH;  // raw bf16 of a register
+constexpr int64_t FEW_ROWS = 8;
 
 // scores[r][j] = q[r] . k[j] for n keys; up to three more columns are filled with copies of the last.
 template <int R, bool WHOLE>
@@ -111,6 +112,74 @@ inline void add_pairs(float* sums, const bf16* weights, const bf16* pairs, int64
     }
 }
 
+// Sixteen vectors of sixteen pairs of bf16, transposed.
+inline void transpose(__m512i (&x)[16]) {
+    __m512i y[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        int j = i / 2 * 4 + i % 2;
+        x[2 * i] = _mm512_unpacklo_epi64(y[j], y[j + 2]);
+        x[2 * i + 1] = _mm512_unpackhi_epi64(y[j], y[j + 2]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        int j = i / 4 * 8 + i % 4;
+        y[j] = _mm512_shuffle_i32x4(x[j], x[j + 4], 0x88);
+        y[j + 4] = _mm512_shuffle_i32x4(x[j], x[j + 4], 0xdd);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
+        x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
+    }
+}
+
+// The scores of sixteen rows, of `stride` floats for each key, into weights, exactly as `soften` does for a row: but
+// with the rows beside each other in a vector, within which nothing is to be summed up or looked for.
+inline void soften_rows(float* scores, int64_t stride, const Tile<bf16>& tile, float scale, Rows& rows, int64_t first,
+                        int64_t num_rows, int64_t d, bf16 (*weights)[KEYS]) {
+    const __m512i zipped = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    alignas(64) float limits[16], maxima[16];
+    for (int64_t r = 0; r < 16; r++)
+        limits[r] = r < num_rows ? std::min(tile.n, rows.limits[first + r] - tile.start) : 0;
+    Floats limit = load(limits), before = load(rows.maxima + first), maximum = before;
+    int64_t n = (tile.n + 31) / 32 * 32;
+    for (int64_t j = 0; j < n; j++) {
+        Floats score = select(greater(limit, all(j)), load(scores + j * stride) * all(scale), all(-3e38));
+        store(scores + j * stride, score);
+        maximum = larger(maximum, score);
+    }
+    store(maxima, maximum);
+    for (uint32_t changed = greater(maximum, before); changed; changed &= changed - 1)
+        rows.raise_maximum(first + __builtin_ctz(changed), maxima[__builtin_ctz(changed)], d);
+    Floats totals[16];  // in the order in which the lanes of a row's weights are summed up
+    for (Floats& total : totals) total = all(0);
+    auto add_weight = [&](int64_t j) {
+        Floats weight = exp2_of(load(scores + j * stride) - maximum);
+        totals[j % 16] = totals[j % 16] + weight;
+        return weight;
+    };
+    for (int64_t j = 0; j < n; j += 32) {
+        __m512i pairs[16];
+        for (int64_t i = 0; i < 16; i++) {
+            Floats weight = add_weight(j + 2 * i);
+            __m512bh both = _mm512_cvtne2ps_pbh(add_weight(j + 2 * i + 1), weight);
+            pairs[i] = _mm512_permutexvar_epi16(zipped, (__m512i)both);
+        }
+        transpose(pairs);
+        for (int64_t r = 0; r < 16; r++) put(weights[r] + j, pairs[r]);
+    }
+    for (int64_t size = 8; size > 0; size /= 2)
+        for (int64_t i = 0; i < size; i++) totals[i] = totals[i] + totals[i + size];
+    store(rows.totals + first, load(rows.totals + first) + totals[0]);
+}
+
 // What attend_tile does, for all rows of a task and by matrix units; d is a multiple of 32. The keys are multiplied as
 // activations with the queries as a panel of weights, [d / 2, WIDE ? 32 : 16, 2], and then the weights with pairs of
 // values. Only what is at hand is computed and kept: a tile of keys and values and the next fill a core's L1.
@@ -120,6 +189,7 @@ void attend_tile_amx(Rows& rows, int64_t num_rows, const bf16* queries, const Ti
     constexpr int64_t COLUMNS = WIDE ? 32 : 16;
     alignas(64) float by_key[KEYS][COLUMNS], scores[KEYS];
     alignas(64) bf16 weights[COLUMNS][KEYS], pairs[KEYS / 2][64], last[32 * MAX_DIM];
+    const __m512i lanes16 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     int64_t halves = (tile.n + 31) / 32, steps = halves * d / 32;  // of 32 keys, and of each product
     auto fetch_rows = [=](const bf16* x, int64_t n) {
         return amx::Prefetch<amx::L1>{(const char*)x, (2 * n * d / steps + 63) / 64 * 64};
@@ -137,33 +207,46 @@ void attend_tile_amx(Rows& rows, int64_t num_rows, const bf16* queries, const Ti
                                                                 d / 32, values);
         amx::store_sums<true, WIDE>(by_key[j], 4 * COLUMNS);
     }
-    __m512i lanes16 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int64_t r = 0; r < num_rows; r++) {
-        for (int64_t j = 0; j < tile.n; j += 16)
-            _mm512_store_ps(scores + j, _mm512_i32gather_ps(lanes16 * int(COLUMNS), by_key[j] + r, 4));
-        soften(scores, tile, scale, rows, r, d, weights[r]);
+    if (num_rows <= FEW_ROWS) {
+        for (int64_t r = 0; r < num_rows; r++) {
+            for (int64_t j = 0; j < tile.n; j += 16)
+                _mm512_store_ps(scores + j, _mm512_i32gather_ps(lanes16 * int(COLUMNS), by_key[j] + r, 4));
+            soften(scores, tile, scale, rows, r, d, weights[r]);
+        }
+    } else {
+        for (int64_t r = 0; r < num_rows; r += 16)
+            soften_rows(by_key[0] + r, COLUMNS, tile, scale, rows, r, num_rows - r, d, weights + r);
     }
     for (int64_t c = 0; c < d; c += 32) {
-        const bf16* v = tile.v + c;
-        for (int64_t j = 0; j < 32 * halves; j += 2, v += 2 * keys.v_stride) {
-            Bits first, second, v0 = load_first<Bits>(v, j < tile.n ? 32 : 0);
-            zip(v0, load_first<Bits>(v + keys.v_stride, j + 1 < tile.n ? 32 : 0), first, second);
-            put(pairs[j / 2], first);
-            put(pairs[j / 2] + 32, second);
-        }
+        auto zip_rows = [&](int64_t from, int64_t to, auto&& row) {
+            for (int64_t j = from; j < to; j += 2) {
+                Bits first, second;
+                zip(row(j), row(j + 1), first, second);
+                put(pairs[j / 2], first);
+                put(pairs[j / 2] + 32, second);
+            }
+        };
+        auto row = [&](int64_t j) { return get<Bits>(tile.v + c + j * keys.v_stride); };
+        zip_rows(0, tile.n & -2, row);
+        zip_rows(tile.n & -2, 32 * halves, [&](int64_t j) { return j < tile.n ? row(j) : Bits{}; });
         add_pairs<WIDE>(rows.sums[0] + c, weights[0], pairs[0], halves, next);
     }
 }
 
 template <class EachTile>
-void attend_amx(Rows& rows, const bf16 (*q)[MAX_DIM], int64_t num_rows, const Keys<bf16>& keys, int64_t d, float scale,
+void attend_amx(Rows& rows, bf16 (*q)[MAX_DIM], int64_t num_rows, const Keys<bf16>& keys, int64_t d, float scale,
                 EachTile&& each_tile) {
     bool is_wide = num_rows > 16;
     int64_t columns = is_wide ? 32 : 16;
     alignas(64) bf16 queries[MAX_DIM * ROWS];
-    std::fill(queries, queries + d * columns, 0);
-    for (int64_t r = 0; r < num_rows; r++)
-        for (int64_t c = 0; c < d; c += 2) std::memcpy(queries + c * columns + 2 * r, q[r] + c, 4);
+    std::fill(q[num_rows], q[columns], 0);
+    for (int64_t r = 0; r < columns; r += 16)
+        for (int64_t c = 0; c < d; c += 32) {
+            __m512i pairs[16];
+            for (int64_t i = 0; i < 16; i++) pairs[i] = get<__m512i>(q[r + i] + c);
+            transpose(pairs);
+            for (int64_t i = 0; i < 16; i++) put(queries + (c + 2 * i) * columns + 2 * r, pairs[i]);
+        }
     amx::Tiles units;
     uint8_t n = num_rows;
     if (is_wide) units.configure(32);

@@ -89,6 +89,14 @@ struct Rows {  // of one task, and what is summed up for them
         }
     }
 
+    // Brings what is summed up to a larger maximum.
+    void raise_maximum(int64_t r, float maximum, int64_t d) {
+        float factor = std::exp2(maxima[r] - maximum);
+        maxima[r] = maximum;
+        totals[r] *= factor;
+        for (int64_t c = 0; c < padded(d); c++) sums[r][c] *= factor;
+    }
+
     // Adds what was summed up over the keys that follow. Rows that see none of them have sums of 0.
     void add(const Rows& next, int64_t num_rows, int64_t d) {
         for (int64_t r = 0; r < num_rows; r++) {
@@ -118,15 +126,11 @@ inline void soften(Floats (&x)[KEYS / 16], int64_t n, Rows& rows, int64_t r, int
         largest = larger(largest, x[j / 16]);
     }
     float maximum = std::max(rows.maxima[r], largest_of(largest));
-    if (maximum > rows.maxima[r]) {
-        float factor = std::exp2(rows.maxima[r] - maximum);
-        rows.totals[r] *= factor;
-        for (int64_t c = 0; c < padded(d); c++) rows.sums[r][c] *= factor;
-        rows.maxima[r] = maximum;
-    }
+    if (maximum > rows.maxima[r]) rows.raise_maximum(r, maximum, d);
     Floats total = all(0);
     for (Floats& weights : x) {
-        weights = exp2_of(larger(weights - all(maximum), all(-160)));
+        Floats x = weights - all(maximum);  // less than 2^-126 is nothing, and results that small take long to compute
+        weights = select(at_least(x, all(-126)), exp2_of(larger(x, all(-126))), all(0));
         total = total + weights;
     }
     rows.totals[r] += sum_of(total);

@@ -85,8 +85,7 @@ inline void arrange_values(Bits v0, Bits v1, Factors (*factors)[2]) {
         factors[1][part] = part_of(v1, part);
     }
 }
-// Without what is too small for fp32's full precision, which is slow to compute with.
-inline void store_operands(Operand* to, Floats x) { store(to, select(at_least(x, all(0x1p-126f)), x, all(0))); }
+inline void store_operands(Operand* to, Floats x) { store(to, x); }
 inline void store_columns(bf16* to, Floats first, Floats second, int64_t n) {
     auto join = [](BitsRegister low, BitsRegister high) { return low >> 16 | high; };
     bf16 columns[32];
