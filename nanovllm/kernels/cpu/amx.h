@@ -93,9 +93,10 @@ enum Cache { L1 = 3, L2 = 2 };  // as __builtin_prefetch names them
 template <Cache TO>
 struct Prefetch {
     const char* next;
-    int64_t bytes;  // in a step
+    int64_t bytes = 0;  // in a step
 
-    void step() {
+    void step() { step(bytes); }
+    void step(int64_t bytes) {
         for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, TO);
         next += bytes;
     }

@@ -182,19 +182,17 @@ inline void soften_rows(float* scores, int64_t stride, const Tile<bf16>& tile, f
 
 // What attend_tile does, for all rows of a task and by matrix units; d is a multiple of 32. The keys are multiplied as
 // activations with the queries as a panel of weights, [d / 2, WIDE ? 32 : 16, 2], and then the weights with pairs of
-// values. Only what is at hand is computed and kept: a tile of keys and values and the next fill a core's L1.
+// values. The next tile is fetched evenly meanwhile: memory, which is what takes the time, never waits for a product.
 template <bool WIDE>
 void attend_tile_amx(Rows& rows, int64_t num_rows, const bf16* queries, const Tile<bf16>& tile, const Keys<bf16>& keys,
                      int64_t d, float scale) {
-    constexpr int64_t COLUMNS = WIDE ? 32 : 16;
+    constexpr int64_t COLUMNS = WIDE ? 32 : 16, LINE = 64;
     alignas(64) float by_key[KEYS][COLUMNS], scores[KEYS];
     alignas(64) bf16 weights[COLUMNS][KEYS], pairs[KEYS / 2][64], last[32 * MAX_DIM];
     const __m512i lanes16 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     int64_t halves = (tile.n + 31) / 32, steps = halves * d / 32;  // of 32 keys, and of each product
-    auto fetch_rows = [=](const bf16* x, int64_t n) {
-        return amx::Prefetch<amx::L1>{(const char*)x, (2 * n * d / steps + 63) / 64 * 64};
-    };
-    auto values = fetch_rows(tile.v, tile.n), next = fetch_rows(tile.next_k, tile.next_n);
+    int64_t bytes = 2 * tile.next_n * d;
+    amx::Prefetch<amx::L2> next_k{(const char*)tile.next_k, bytes / steps}, next_v{(const char*)tile.next_v};
     for (int64_t j = 0; j < tile.n; j += 32) {
         const bf16* k = tile.k + j * keys.k_stride;
         int64_t stride = keys.k_stride;
@@ -204,11 +202,12 @@ void attend_tile_amx(Rows& rows, int64_t num_rows, const bf16* queries, const Ti
         }
         amx::load_sums<true, WIDE>(amx::zeros, 0);
         amx::multiply_steps<amx::BF16, true, WIDE, 4 * COLUMNS>((const char*)k, 2 * stride, (const char*)queries,
-                                                                d / 32, values);
+                                                                d / 32, next_k);
         amx::store_sums<true, WIDE>(by_key[j], 4 * COLUMNS);
     }
     if (num_rows <= FEW_ROWS) {
         for (int64_t r = 0; r < num_rows; r++) {
+            next_v.step(16 * LINE);
             for (int64_t j = 0; j < tile.n; j += 16)
                 _mm512_store_ps(scores + j, _mm512_i32gather_ps(lanes16 * int(COLUMNS), by_key[j] + r, 4));
             soften(scores, tile, scale, rows, r, d, weights[r]);
@@ -217,6 +216,8 @@ void attend_tile_amx(Rows& rows, int64_t num_rows, const bf16* queries, const Ti
         for (int64_t r = 0; r < num_rows; r += 16)
             soften_rows(by_key[0] + r, COLUMNS, tile, scale, rows, r, num_rows - r, d, weights + r);
     }
+    int64_t by_pairs = 16 * LINE * steps, left = (const char*)tile.next_v + bytes - next_v.next - by_pairs;
+    next_v.bytes = std::max<int64_t>(0, left / steps);
     for (int64_t c = 0; c < d; c += 32) {
         auto zip_rows = [&](int64_t from, int64_t to, auto&& row) {
             for (int64_t j = from; j < to; j += 2) {
@@ -224,12 +225,13 @@ void attend_tile_amx(Rows& rows, int64_t num_rows, const bf16* queries, const Ti
                 zip(row(j), row(j + 1), first, second);
                 put(pairs[j / 2], first);
                 put(pairs[j / 2] + 32, second);
+                next_v.step(LINE);
             }
         };
         auto row = [&](int64_t j) { return get<Bits>(tile.v + c + j * keys.v_stride); };
         zip_rows(0, tile.n & -2, row);
         zip_rows(tile.n & -2, 32 * halves, [&](int64_t j) { return j < tile.n ? row(j) : Bits{}; });
-        add_pairs<WIDE>(rows.sums[0] + c, weights[0], pairs[0], halves, next);
+        add_pairs<WIDE>(rows.sums[0] + c, weights[0], pairs[0], halves, next_v);
     }
 }
 

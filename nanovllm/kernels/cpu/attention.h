@@ -208,9 +208,10 @@ struct Inputs {
 };
 
 // A task's sums, in its method's `rows`: of each span by itself, which are then added up, so that they are the same
-// whoever computes them. Method has what a task keeps: its rows, and the queries in a form of their own.
+// whoever computes them. Method has what a task keeps: its rows, and the queries in a form of their own. At the end what
+// the `following` task reads first is fetched.
 template <class Method, class T>
-void attend_task(Method& method, const Inputs<T>& in, const Task& task) {
+void attend_task(Method& method, const Inputs<T>& in, const Task& task, const Task& following) {
     Keys<T> keys = in.keys(task);
     Rows& rows = method.rows;
     int64_t num_rows = task.end - task.first;
@@ -219,19 +220,20 @@ void attend_task(Method& method, const Inputs<T>& in, const Task& task) {
         rows.limits[r] = in.limit(task.seq, task.first + r);
     }
     Copy<T> copies[2];
-    auto find_tile = [&](int64_t at) {
-        return keys.tile(at, std::min(task.to - at, KEYS), in.d, copies[at / KEYS % 2]);
+    bool second = false;
+    auto find_tile = [&](const Task& task, int64_t at) {
+        return in.keys(task).tile(at, std::min(task.to - at, KEYS), in.d, copies[second = !second]);
     };
+    Tile<T> tile, next = find_tile(task, task.from);
     std::unique_ptr<Rows> before;
     for (int64_t from = task.from, to; from < task.to; from = to) {
         to = std::min(task.to, from + SPAN);
         rows.clear(num_rows, in.d);
         method.attend(num_rows, keys, in.d, [&](auto&& f) {
-            Tile<T> tile, next = find_tile(from);
             for (int64_t at = from; at < to; at += KEYS) {
                 tile = next;
-                if (at + KEYS < to) next = find_tile(at + KEYS), tile.next_n = next.n;
-                tile.next_k = next.k, tile.next_v = next.v;
+                next = at + KEYS < task.to ? find_tile(task, at + KEYS) : find_tile(following, following.from);
+                tile.next_k = next.k, tile.next_v = next.v, tile.next_n = next.n;
                 f(tile);
             }
         });
@@ -263,7 +265,7 @@ void attend_with(const Inputs<T>& in) {
     };
     parallel_for(parts.size(), 2, [&](int64_t i) {
         alignas(64) Method method;
-        attend_task(method, in, parts[i]);
+        attend_task(method, in, parts[i], parts[std::min<int64_t>(i + 1, parts.size() - 1)]);
         if (is_cut) sums[i] = method.rows;
         else write(parts[i], method.rows);
     });
