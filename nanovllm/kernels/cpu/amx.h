@@ -26,8 +26,8 @@ constexpr int64_t BLOCK = 256;              // rows that a thread computes with 
 constexpr int64_t GROUP = 128;              // activations that share a scale in an int8 product
 
 // What a thread keeps of activations in its L2. Of larger blocks it takes as many bytes of each row at a time, with
-// several panels before the next.
-constexpr int64_t CACHE = 1 << 20, SLICE = CACHE / BLOCK, PANELS = 8;
+// several panels before the next; of many rows, as few as those of a panel that stay in L1 while the rows pass by.
+constexpr int64_t CACHE = 1 << 20, SLICE = CACHE / BLOCK, PANELS = 8, MANY = 64, SHORT_SLICE = 512;
 
 // Whether the system lets this process use them; asked for once, for all threads.
 inline const bool is_usable = [] {
@@ -170,8 +170,10 @@ inline void write_rows(const float (*sums)[COLUMNS], int64_t rows, const Weight&
 template <class Add>
 void for_products(const Weight& w, bf16* out, int64_t m, int64_t n, Add&& add) {
     int64_t blocks = (m + BLOCK - 1) / BLOCK, size = (m + blocks * ROWS - 1) / (blocks * ROWS) * ROWS;
-    bool fits = std::min(m, size) * w.bytes <= CACHE;
-    int64_t panels = (n + COLUMNS - 1) / COLUMNS, some = fits ? 1 : PANELS, slice = fits ? w.bytes : SLICE;
+    int64_t panels = (n + COLUMNS - 1) / COLUMNS, enough = 8 * my_threads().count;  // tasks
+    bool is_whole = m < MANY && m * w.bytes <= CACHE;
+    int64_t some = is_whole ? 1 : std::clamp<int64_t>(blocks * panels / enough, 1, PANELS);
+    int64_t slice = is_whole ? w.bytes : m < MANY || some < 4 ? SLICE : SHORT_SLICE;
     int64_t groups = (panels + some - 1) / some;
     bool streams = n * w.bytes > CACHE;  // weights, so that results do not stay in a cache anyway
     auto multiply_task = [&](Tiles& units, int64_t i) {
