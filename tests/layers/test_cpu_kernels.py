@@ -95,6 +95,23 @@ def test_a_row_has_the_same_result_beside_any_number_of_others(kind, k):
         assert torch.equal(weight.linear(x[-m:], bias), expected[-m:])
 
 
+@on_each_target
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_same_result_however_the_work_is_cut(kind):
+    """Into slices of panels and groups of them, which depend on the numbers of rows and of threads."""
+    torch.manual_seed(0)
+    weight, x = pack(kind, torch.randn(1100, 704, dtype=BF16)), torch.randn(300, 704, dtype=BF16)
+    expected = {row: weight.linear(x[row : row + 1])[0] for row in (0, 31, 62, 63, 256, 299)}
+    try:
+        for num_threads in (1, 3):
+            cpu_kernels.set_num_threads(num_threads)
+            for m in (63, 64, 257, 300):
+                result = weight.linear(x[:m])
+                assert all(torch.equal(result[row], expected[row]) for row in expected if row < m)
+    finally:
+        cpu_kernels.set_num_threads(0)
+
+
 def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[n, groups, group] integers and their [n, groups, 1] scales; the last group is filled up with zeros."""
     x = F.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
@@ -127,10 +144,12 @@ def test_int8_linear_computes_with_quantised_weights_and_activations(m, n, k):
 
 @on_each_target
 @pytest.mark.parametrize("group, head_dim", [(1, 128), (2, 64), (3, 80), (8, 256), (40, 32)])
-def test_a_token_attends_alike_alone_and_in_any_chunk(group, head_dim):
+@pytest.mark.parametrize("size", [1, 30])  # of the latter weights are from 1 to less than fp32 holds
+def test_a_token_attends_alike_alone_and_in_any_chunk(group, head_dim, size):
     torch.manual_seed(group)
     n, block_size = 203, 16 * group
     q, k, v = (torch.randn(n, heads, head_dim, dtype=BF16) for heads in (2 * group, 2, 2))
+    q *= size
     whole = Context(torch.tensor([0, n]).int(), context_lens=torch.tensor([n]).int())
     expected = cpu_kernels.attend(q, k, v, whole)  # over new keys; below over a cache
     blocks = torch.randperm(-(-n // block_size)).int()

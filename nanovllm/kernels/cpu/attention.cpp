@@ -5,7 +5,6 @@
 namespace {
 
 constexpr int64_t PAIRS = 2 * WIDTH;  // raw bf16 of a register
-constexpr int64_t FEW_ROWS = 8;
 
 // scores[r][j] = q[r] . k[j] for n keys; up to three more columns are filled with copies of the last.
 template <int R, bool WHOLE>
@@ -88,6 +87,9 @@ void attend_tile(Rows& rows, const Operand (*q)[MAX_DIM], int64_t first, const T
 }
 
 #ifdef WITH_AMX
+constexpr int64_t FEW_ROWS = 8;  // whose scores are gathered, out of those by key
+constexpr float UNSEEN = -3e38;  // a score whose weight is 0 for any maximum, and takes no longer than others
+
 // sums[r][c] += weights[r] . pairs for 32 columns. If not WIDE, with tiles beside those of scores, of as many rows as
 // there are: 1 and 3 of sums, 7 of weights.
 template <bool WIDE>
@@ -151,7 +153,7 @@ inline void soften_rows(float* scores, int64_t stride, const Tile<bf16>& tile, f
     Floats limit = load(limits), before = load(rows.maxima + first), maximum = before;
     int64_t n = (tile.n + 31) / 32 * 32;
     for (int64_t j = 0; j < n; j++) {
-        Floats score = select(greater(limit, all(j)), load(scores + j * stride) * all(scale), all(-3e38));
+        Floats score = select(greater(limit, all(j)), load(scores + j * stride) * all(scale), all(UNSEEN));
         store(scores + j * stride, score);
         maximum = larger(maximum, score);
     }

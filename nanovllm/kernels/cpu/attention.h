@@ -129,8 +129,8 @@ inline void soften(Floats (&x)[KEYS / 16], int64_t n, Rows& rows, int64_t r, int
     if (maximum > rows.maxima[r]) rows.raise_maximum(r, maximum, d);
     Floats total = all(0);
     for (Floats& weights : x) {
-        Floats x = weights - all(maximum);  // less than 2^-126 is nothing, and results that small take long to compute
-        weights = select(at_least(x, all(-126)), exp2_of(larger(x, all(-126))), all(0));
+        Floats below = weights - all(maximum);  // results of less than 2^-126 would take long, and count for nothing
+        weights = select(at_least(below, all(-126)), exp2_of(larger(below, all(-126))), all(0));
         total = total + weights;
     }
     rows.totals[r] += sum_of(total);
