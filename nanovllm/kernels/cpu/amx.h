@@ -173,7 +173,8 @@ void for_products(const Weight& w, bf16* out, int64_t m, int64_t n, Add&& add) {
     int64_t panels = (n + COLUMNS - 1) / COLUMNS, enough = 8 * my_threads().count;  // tasks
     bool is_whole = m < MANY && m * w.bytes <= CACHE;
     int64_t some = is_whole ? 1 : std::clamp<int64_t>(blocks * panels / enough, 1, PANELS);
-    int64_t slice = is_whole ? w.bytes : m < MANY || some < 4 ? SLICE : SHORT_SLICE;
+    bool is_short = m >= MANY && some >= 4;  // enough panels for rows that come from L2 again for each slice
+    int64_t slice = is_whole ? w.bytes : is_short ? SHORT_SLICE : SLICE;
     int64_t groups = (panels + some - 1) / some;
     bool streams = n * w.bytes > CACHE;  // weights, so that results do not stay in a cache anyway
     auto multiply_task = [&](Tiles& units, int64_t i) {

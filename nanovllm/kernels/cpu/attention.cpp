@@ -184,14 +184,13 @@ inline void soften_rows(float* scores, int64_t stride, const Tile<bf16>& tile, f
 
 // What attend_tile does, for all rows of a task and by matrix units; d is a multiple of 32. The keys are multiplied as
 // activations with the queries as a panel of weights, [d / 2, WIDE ? 32 : 16, 2], and then the weights with pairs of
-// values. The next tile is fetched evenly meanwhile: memory, which is what takes the time, never waits for a product.
+// values. The next tile is fetched evenly meanwhile: memory, which is what takes the time, hardly waits for a product.
 template <bool WIDE>
 void attend_tile_amx(Rows& rows, int64_t num_rows, const bf16* queries, const Tile<bf16>& tile, const Keys<bf16>& keys,
                      int64_t d, float scale) {
     constexpr int64_t COLUMNS = WIDE ? 32 : 16, LINE = 64;
     alignas(64) float by_key[KEYS][COLUMNS], scores[KEYS];
     alignas(64) bf16 weights[COLUMNS][KEYS], pairs[KEYS / 2][64], last[32 * MAX_DIM];
-    const __m512i lanes16 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     int64_t halves = (tile.n + 31) / 32, steps = halves * d / 32;  // of 32 keys, and of each product
     int64_t bytes = 2 * tile.next_n * d;
     amx::Prefetch<amx::L2> next_k{(const char*)tile.next_k, bytes / steps}, next_v{(const char*)tile.next_v};
@@ -208,6 +207,7 @@ void attend_tile_amx(Rows& rows, int64_t num_rows, const bf16* queries, const Ti
         amx::store_sums<true, WIDE>(by_key[j], 4 * COLUMNS);
     }
     if (num_rows <= FEW_ROWS) {
+        const __m512i lanes16 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         for (int64_t r = 0; r < num_rows; r++) {
             next_v.step(16 * LINE);
             for (int64_t j = 0; j < tile.n; j += 16)

@@ -208,8 +208,8 @@ struct Inputs {
 };
 
 // A task's sums, in its method's `rows`: of each span by itself, which are then added up, so that they are the same
-// whoever computes them. Method has what a task keeps: its rows, and the queries in a form of their own. At the end what
-// the `following` task reads first is fetched.
+// whoever computes them. Method has what a task keeps: its rows, and the queries in a form of their own. At the end
+// what the `following` task reads first is fetched: of a block at most, so that nothing is copied for that.
 template <class Method, class T>
 void attend_task(Method& method, const Inputs<T>& in, const Task& task, const Task& following) {
     Keys<T> keys = in.keys(task);
@@ -221,9 +221,10 @@ void attend_task(Method& method, const Inputs<T>& in, const Task& task, const Ta
     }
     Copy<T> copies[2];
     bool second = false;
-    auto find_tile = [&](const Task& task, int64_t at) {
-        return in.keys(task).tile(at, std::min(task.to - at, KEYS), in.d, copies[second = !second]);
+    auto find_tile = [&](const Task& task, int64_t at, int64_t most = KEYS) {
+        return in.keys(task).tile(at, std::min(task.to - at, most), in.d, copies[second = !second]);
     };
+    auto find_following = [&] { return find_tile(following, following.from, std::min(KEYS, keys.block_size)); };
     Tile<T> tile, next = find_tile(task, task.from);
     std::unique_ptr<Rows> before;
     for (int64_t from = task.from, to; from < task.to; from = to) {
@@ -232,7 +233,7 @@ void attend_task(Method& method, const Inputs<T>& in, const Task& task, const Ta
         method.attend(num_rows, keys, in.d, [&](auto&& f) {
             for (int64_t at = from; at < to; at += KEYS) {
                 tile = next;
-                next = at + KEYS < task.to ? find_tile(task, at + KEYS) : find_tile(following, following.from);
+                next = at + KEYS < task.to ? find_tile(task, at + KEYS) : find_following();
                 tile.next_k = next.k, tile.next_v = next.v, tile.next_n = next.n;
                 f(tile);
             }
